@@ -1,0 +1,136 @@
+"""The deployment `attention`: a vLLM engine that holds everything of the model but its routed experts."""
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import AttentionConfig
+from cluster.engine_link import EngineLinkOptions
+from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
+from experts.errors import GroupUnavailable
+from experts.group import ServedModel
+from experts.handshake import fresh_incarnation
+from experts.member import Lease, own_ids
+from experts.placement import Member
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+
+log = logging.getLogger(__name__)
+
+
+class Attention:
+    """One engine. Its requests end with an error only if a step of theirs could not be computed in time."""
+
+    def __init__(
+        self, controller: DeploymentHandle, model: ServedModel, config: AttentionConfig, max_model_len: int
+    ) -> None:
+        prepare_environment(threads=config.threads)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._member_id, self._node_id, self._pid = own_ids()
+        self._incarnation = fresh_incarnation()
+        self._requests = 0
+        arguments = engine_arguments(model, config, max_model_len=max_model_len, member_id=self._member_id)
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))  # type: ignore[arg-type]
+        self._lease = Lease(controller, self._describe)
+        self._lease.start()
+
+    async def generate(
+        self, prompt: dict[str, object], sampling_params: "SamplingParams", request_id: str
+    ) -> AsyncIterator["RequestOutput"]:
+        """Continues one prompt.
+
+        prompt: has prompt_token_ids. sampling_params: output_kind says whether outputs are deltas or whole.
+        Raises GroupUnavailable where a step of the request could not be computed, or the engine died; retriable.
+        Closing the iterator aborts the request in the engine.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._requests += 1
+        try:
+            async for output in self._engine.generate(prompt, sampling_params, request_id):  # type: ignore[arg-type]
+                for completion in output.outputs:
+                    if completion.finish_reason == "error":
+                        raise GroupUnavailable(str(completion.stop_reason or "the engine ended the request; try again"))
+                yield output
+        except EngineDeadError:
+            raise GroupUnavailable("the attention engine died; try again") from None
+        finally:
+            self._requests -= 1
+
+    async def check_health(self) -> None:
+        """Raises where the engine's process is gone; Serve replaces the replica then."""
+        await self._engine.check_health()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lease"):
+            self._lease.stop()
+            self._engine.shutdown()
+
+    def _describe(self) -> Member:
+        return Member(
+            kind="attention",
+            member_id=self._member_id,
+            incarnation=self._incarnation,
+            address="",
+            node_id=self._node_id,
+            pid=self._pid,
+            details=(("requests", str(self._requests)),),
+        )
+
+
+def prepare_environment(*, threads: int) -> None:
+    """What vLLM reads from the environment, set before it is imported; its child processes inherit it."""
+    os.environ |= {
+        ACTIVATION_VARIABLE: "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # otherwise the CPU platform turns the executor `uni` into `mp`
+        "VLLM_PLUGINS": "expertmesh",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+def engine_arguments(
+    model: ServedModel, config: AttentionConfig, *, max_model_len: int, member_id: str
+) -> dict[str, object]:
+    """Keyword arguments of vLLM's engine; the same for a replica, a test and a benchmark."""
+    link = EngineLinkOptions(
+        checkpoint=model.checkpoint,
+        router_address=model.router_address,
+        secret_file=str(model.secret_file),
+        num_groups=model.num_groups,
+        max_rows=model.max_rows,
+        member_id=member_id,
+        step_timeout_s=config.step_timeout_s,
+        start_timeout_s=config.start_timeout_s,
+    )
+    return {
+        **plain_engine_arguments(model, max_model_len=max_model_len, kv_cache_mib=config.kv_cache_mib),
+        "max_num_seqs": config.max_num_seqs,
+        "load_format": LOAD_FORMAT,
+        "scheduler_cls": "cluster.vllm_scheduler.PoisonAwareScheduler",
+        "additional_config": {"expertmesh": link.as_dict()},
+    }
+
+
+def plain_engine_arguments(model: ServedModel, *, max_model_len: int, kv_cache_mib: int) -> dict[str, object]:
+    """What an unmodified engine needs to be comparable with ours: `expertmesh parity` uses it too."""
+    return {
+        "model": model.checkpoint,
+        "dtype": model.dtype,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": model.max_rows,
+        "kv_cache_memory_bytes": kv_cache_mib << 20,
+        "distributed_executor_backend": "uni",
+        "enforce_eager": True,
+        "async_scheduling": False,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }

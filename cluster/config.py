@@ -1,0 +1,26 @@
+"""Settings of the attention replicas and of the gateway."""
+
+from pydantic import Field
+
+from experts.config import Settings
+
+
+class AttentionConfig(Settings):
+    replicas: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)  # compute threads of an engine
+    kv_cache_mib: int = Field(default=128, ge=1)  # latent KV cache of an engine
+    max_num_seqs: int = Field(default=64, ge=1)  # requests that one engine computes at a time
+    step_timeout_s: float = Field(default=20.0, gt=0)  # a step that has no answer by then ends its requests
+    start_timeout_s: float = Field(default=180.0, gt=0)  # how long an engine waits for its router when it starts
+    num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+
+
+class GatewayConfig(Settings):
+    replicas: int = Field(default=1, ge=1)
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=1, le=65535)
+    grpc_port: int = Field(default=9000, ge=1, le=65535)
+    request_timeout_s: float = Field(default=600.0, gt=0, le=3600)
+    max_ongoing_requests: int = Field(default=1000, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)

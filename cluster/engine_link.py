@@ -1,0 +1,63 @@
+"""From the options that an attention replica gives its engine to a client of the node's router."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from cluster.router_client import RouterAddress, RouterClient
+from cluster.step import CURRENT
+from experts.checkpoint import open_checkpoint
+from experts.handshake import Identity, Role, fresh_incarnation, model_fingerprint, read_secret
+from experts.shape import MoEShape
+from experts.wire import Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLinkOptions:
+    """Travels to the engine process inside vLLM's `additional_config`, so plain values only."""
+
+    checkpoint: str  # folder
+    router_address: str
+    secret_file: str
+    num_groups: int
+    max_rows: int  # tokens of one step at most
+    member_id: str
+    step_timeout_s: float
+    start_timeout_s: float
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLink:
+    client: RouterClient
+    shape: MoEShape
+    start_timeout_s: float
+
+
+def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
+    """A client that is not connected yet. dtype: of the engine's hidden states.
+
+    Raises ConfigError for a checkpoint or a secret that cannot be read.
+    """
+    given = EngineLinkOptions(**options)  # type: ignore[arg-type]
+    checkpoint = open_checkpoint(given.checkpoint)
+    shape = checkpoint.shape
+    identity = Identity(
+        role=Role.ATTENTION,
+        member_id=given.member_id,
+        incarnation=fresh_incarnation(),
+        fingerprint=model_fingerprint(
+            checkpoint.fingerprint, dtype=str(dtype).removeprefix("torch."), num_groups=given.num_groups
+        ),
+    )
+    client = RouterClient(
+        RouterAddress(address=given.router_address, secret=read_secret(given.secret_file), identity=identity),
+        Limits.of(shape, max_rows=given.max_rows),
+        CURRENT,
+        step_timeout_s=given.step_timeout_s,
+    )
+    return EngineLink(client=client, shape=shape, start_timeout_s=given.start_timeout_s)
+

@@ -1,0 +1,116 @@
+"""What a client is told when a request fails: one table from our errors to HTTP statuses and gRPC codes.
+
+Whatever is not on the table is our own fault: the client gets an id and nothing else, the log gets the traceback.
+"""
+
+import logging
+import uuid
+from dataclasses import dataclass
+
+import grpc
+
+from cluster.validate import ContextLengthExceeded, UnknownModel
+from experts.errors import DeadlineExceeded, RequestError, ServingError
+
+log = logging.getLogger(__name__)
+
+INTERNAL_PREFIX = "internal error; its id in the log is "
+
+
+class BodyTooLarge(RequestError):
+    """The HTTP body has more bytes than are allowed (RESOURCE_EXHAUSTED, 413)."""
+
+
+class NoSuchRoute(RequestError):
+    """Nothing is served under this path, or not with this method (UNIMPLEMENTED, 404)."""
+
+
+class WrongMethod(NoSuchRoute):
+    """The path is served, but not with this method (UNIMPLEMENTED, 405)."""
+
+
+class Overloaded(ServingError):
+    """The cluster's queue is full; come back later (RESOURCE_EXHAUSTED, 429)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """One failed request, as both surfaces tell it."""
+
+    message: str  # safe to show
+    http_status: int
+    grpc_code: grpc.StatusCode
+    kind: str  # "type" in an OpenAI error body
+    code: str | None = None  # "code" in an OpenAI error body
+    field: str | None = None  # "param" in an OpenAI error body
+    retry_after_s: int | None = None
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The OpenAI error body."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.field, "code": self.code}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    http_status: int
+    grpc_code: grpc.StatusCode
+    kind: str
+    code: str | None
+    retry_after_s: int | None = None
+
+
+_CODES = grpc.StatusCode
+_BAD_REQUEST = "invalid_request_error"
+# The first row whose class fits counts: special ones before general ones.
+_TABLE: tuple[tuple[type[Exception], _Answer], ...] = (
+    (UnknownModel, _Answer(404, _CODES.NOT_FOUND, _BAD_REQUEST, "model_not_found")),
+    (ContextLengthExceeded, _Answer(400, _CODES.INVALID_ARGUMENT, _BAD_REQUEST, "context_length_exceeded")),
+    (BodyTooLarge, _Answer(413, _CODES.RESOURCE_EXHAUSTED, _BAD_REQUEST, "body_too_large")),
+    (WrongMethod, _Answer(405, _CODES.UNIMPLEMENTED, _BAD_REQUEST, "method_not_allowed")),
+    (NoSuchRoute, _Answer(404, _CODES.UNIMPLEMENTED, _BAD_REQUEST, "not_found")),
+    (RequestError, _Answer(400, _CODES.INVALID_ARGUMENT, _BAD_REQUEST, "invalid_value")),
+    (DeadlineExceeded, _Answer(504, _CODES.DEADLINE_EXCEEDED, "server_error", "deadline_exceeded")),
+    (Overloaded, _Answer(429, _CODES.RESOURCE_EXHAUSTED, "overloaded_error", "overloaded", 1)),
+    (ServingError, _Answer(503, _CODES.UNAVAILABLE, "server_error", "unavailable", 1)),
+)
+_OUR_FAULT = _Answer(500, _CODES.INTERNAL, "server_error", "internal_error")
+
+
+def refusal_of(exc: BaseException) -> Refusal:
+    """What to tell the client about `exc`; an error that is not on the table is logged under a fresh id."""
+    for kind, answer in _TABLE:
+        if isinstance(exc, kind):
+            return _refusal(answer, str(exc), exc.field if isinstance(exc, RequestError) else None)
+    return internal_error("a request failed for a reason of our own", exc)
+
+
+def refusal_of_status(status: int, message: str, field: str | None) -> Refusal:
+    """The same for an error that vLLM's server has already turned into an HTTP status and a sentence."""
+    if status >= 500 and status not in (503, 504) and not message.startswith(INTERNAL_PREFIX):
+        return internal_error(f"the OpenAI server answered {status}: {message}")
+    for _, answer in _TABLE:
+        if answer.http_status == status and not (status == 400 and answer.code == "context_length_exceeded"):
+            return _refusal(answer, message, field)
+    if status < 500:
+        return _refusal(_Answer(status, _CODES.INVALID_ARGUMENT, _BAD_REQUEST, None), message, field)
+    return _refusal(_OUR_FAULT, message, field)
+
+
+def internal_error(what: str, exc: BaseException | None = None) -> Refusal:
+    """Logs what happened under a fresh id, and tells the client that id only."""
+    error_id = uuid.uuid4().hex[:12]
+    log.error("%s (id %s)", what, error_id, exc_info=exc, extra={"error_id": error_id})
+    return _refusal(_OUR_FAULT, f"{INTERNAL_PREFIX}{error_id}", None)
+
+
+def _refusal(answer: _Answer, message: str, field: str | None) -> Refusal:
+    return Refusal(
+        message=message,
+        http_status=answer.http_status,
+        grpc_code=answer.grpc_code,
+        kind=answer.kind,
+        code=answer.code,
+        field=field,
+        retry_after_s=answer.retry_after_s,
+    )

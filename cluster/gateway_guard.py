@@ -1,0 +1,218 @@
+"""The ASGI layer round vLLM's OpenAI server: what may come in, and what an error may look like on its way out.
+
+In: only listed paths and methods, bodies of bounded size that `gateway_body` has read, and a deadline.
+Out: every error in one shape, nothing of our own faults but an id, and a real status for a stream that fails before
+its first token, although vLLM's server has by then announced a 200.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from typing import cast
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.gateway_body import read_body
+from cluster.gateway_errors import (
+    BodyTooLarge,
+    NoSuchRoute,
+    Refusal,
+    WrongMethod,
+    internal_error,
+    refusal_of,
+    refusal_of_status,
+)
+from cluster.gateway_vllm import ADMISSION, Admission
+from cluster.validate import Limits, check_request_id
+from experts.errors import RequestError
+
+# All that the gateway serves over HTTP; the built app's other routes are removed and their paths answer 404.
+ROUTES: Mapping[str, str] = {
+    "/v1/models": "GET",
+    "/v1/completions": "POST",
+    "/v1/chat/completions": "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/health": "GET",
+    "/ready": "GET",
+    "/version": "GET",
+    "/metrics": "GET",
+    "/expertmesh/status": "GET",
+}
+_PYDANTIC = re.compile(r"""'msg': (['"])(.*?)\1""")
+_SSE_ERROR = b'data: {"error":'
+
+
+class Guard:
+    """An ASGI app round another one."""
+
+    def __init__(
+        self, app: ASGIApp, *, limits: Limits, served_name: str, request_timeout_s: float, max_body_bytes: int
+    ) -> None:
+        self._app = app
+        self._limits = limits
+        self._served_name = served_name
+        self._request_timeout_s = request_timeout_s
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        admission = Admission(asyncio.get_running_loop().time() + self._request_timeout_s)
+        ADMISSION.set(admission)
+        answer = _Answer(send, admission)
+        try:
+            if scope["type"] != "http":
+                raise NoSuchRoute("only HTTP requests are served here")
+            scope, receive = await self._admit(scope, receive, admission)
+            await self._app(scope, receive, answer.send)
+        except RequestError as exc:
+            await answer.refuse(refusal_of(exc))
+        except Exception as exc:
+            if not answer.answered:  # the app has answered and then raised, as Starlette does for the server's log
+                await answer.refuse(internal_error("an HTTP request failed", exc))
+
+    async def _admit(self, scope: Scope, receive: Receive, admission: Admission) -> tuple[Scope, Receive]:
+        """The request as the app may see it. Raises RequestError for whatever must not pass."""
+        path, method = scope["path"], scope["method"]
+        allowed = ROUTES.get(path)
+        if allowed is None:
+            raise NoSuchRoute("there is nothing under this path")
+        if method == "OPTIONS":  # browsers ask before they send; answered by the app's CORS layer
+            return scope, receive
+        if method != allowed:
+            raise WrongMethod(f"{path} takes {allowed}")
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        timeout_s = _timeout_of(headers)
+        if timeout_s is not None:
+            admission.deadline += timeout_s - self._request_timeout_s
+        check_request_id(headers.get("x-request-id"), self._limits)
+        if allowed == "POST":
+            raw = await self._read(headers, receive)
+            body = read_body(path, raw, limits=self._limits, served_name=self._served_name, timeout_s=timeout_s)
+            admission.max_tokens = cast("int | None", body.get("max_completion_tokens", body.get("max_tokens")))
+            scope, receive = _replay(scope, json.dumps(body).encode(), receive)
+        return scope, receive
+
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+        length = headers.get("content-length", "")
+        raw = bytearray()
+        more = True
+        while more and len(raw) <= self._max_body_bytes:
+            if length.isdigit() and int(length[:20]) > self._max_body_bytes:
+                break
+            message = await receive()
+            raw += message.get("body", b"")
+            more = message.get("more_body", False)
+        if more:
+            raise BodyTooLarge(f"the body has more than {self._max_body_bytes} bytes")
+        return bytes(raw)
+
+
+def _timeout_of(headers: Mapping[str, str]) -> float | None:
+    asked = headers.get("x-request-timeout-ms")
+    if asked is None:
+        return None
+    if not asked.isascii() or not asked.isdigit() or len(asked) > 12:
+        raise RequestError("x-request-timeout-ms must be a whole number", field="x-request-timeout-ms")
+    return int(asked) / 1000
+
+
+def _replay(scope: Scope, body: bytes, receive: Receive) -> tuple[Scope, Receive]:
+    """The same request with another body; after it, `receive` reports what it always did (a disconnect)."""
+    kept = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return {**scope, "headers": [*kept, (b"content-length", str(len(body)).encode())]}, receive_again
+
+
+class _Answer:
+    """Passes an answer on, message by message, and rewrites errors.
+
+    The start of an error or of an event stream is held back until its first bytes tell what it is.
+    """
+
+    def __init__(self, send: Send, admission: Admission) -> None:
+        self._send = send
+        self._admission = admission
+        self._held: Message | None = None  # a start that waits for its first bytes
+        self._error_body: bytearray | None = None  # of an error answer, until complete
+        self.answered = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            is_stream = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+            if message["status"] >= 400:
+                self._error_body = bytearray()
+            if is_stream or message["status"] >= 400:
+                self._held = message
+                return
+            await self._pass(message)
+        elif self._error_body is not None:
+            await self._collect_error(message, self._error_body)
+        else:
+            await self._pass_body(message)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answers with an error, as a whole answer or, when one has begun, as its last event."""
+        if self.answered:
+            await self._pass({"type": "http.response.body", "body": _event(refusal)})
+            return
+        body = json.dumps(refusal.body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if refusal.retry_after_s is not None:
+            headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
+        await self._pass({"type": "http.response.start", "status": refusal.http_status, "headers": headers})
+        await self._pass({"type": "http.response.body", "body": body})
+
+    async def _collect_error(self, message: Message, body: bytearray) -> None:
+        assert self._held is not None
+        body += message.get("body", b"")
+        if not message.get("more_body", False) and not self.answered:
+            await self.refuse(self._read_error(bytes(body), self._held["status"]))
+
+    async def _pass_body(self, message: Message) -> None:
+        if message.get("body", b"").startswith(_SSE_ERROR):
+            refusal = self._read_error(message["body"].removeprefix(b"data: "), 500)
+            if self._held is not None:  # nothing was sent yet: the stream never was one
+                self._error_body = bytearray()
+                await self.refuse(refusal)
+                return
+            message = {**message, "body": _event(refusal)}
+        if self._held is not None:
+            held, self._held = self._held, None
+            await self._pass(held)
+        await self._pass(message)
+
+    async def _pass(self, message: Message) -> None:
+        self.answered = True
+        await self._send(message)
+
+    def _read_error(self, body: bytes, status: int) -> Refusal:
+        """An error that vLLM's server has written, in our words; a refusal that passed through it, as it was."""
+        if self._admission.refusal is not None:
+            return self._admission.refusal
+        try:
+            error = json.loads(body)["error"]
+            message, field, code = str(error["message"]), error.get("param"), error.get("code")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return refusal_of_status(status, "the request failed", None)
+        field = field.removeprefix("body.") if isinstance(field, str) else None
+        return refusal_of_status(code if isinstance(code, int) else status, _plain(message, field), field)
+
+
+def _plain(message: str, field: str | None) -> str:
+    """vLLM's sentence without pydantic's rendering of itself."""
+    found = _PYDANTIC.search(message) if "validation error" in message else None
+    if found is not None:
+        return f"{field}: {found[2]}"
+    return re.sub(r" \(parameter=.*\)$", "", message, flags=re.DOTALL)
+
+
+def _event(refusal: Refusal) -> bytes:
+    return b"data: " + json.dumps(refusal.body).encode() + b"\n\n"

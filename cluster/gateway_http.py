@@ -1,0 +1,42 @@
+"""vLLM's OpenAI server as the gateway serves it: its app, only the routes that we mean, and the guard round it."""
+
+from starlette.types import ASGIApp
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from cluster.gateway_guard import ROUTES, Guard
+from cluster.gateway_health import Health, health_routes
+from cluster.gateway_vllm import ForwardingClient
+from cluster.validate import Limits
+
+_TASKS = ("generate",)
+_OURS = frozenset({"/health", "/ready", "/expertmesh/status"})
+
+
+async def build_http_app(
+    client: ForwardingClient,
+    health: Health,
+    *,
+    limits: Limits,
+    request_timeout_s: float,
+    max_body_bytes: int,
+) -> ASGIApp:
+    """The ASGI app for all HTTP requests. Needs the running event loop on which it will serve."""
+    config = client.model_config
+    served_name = str(config.served_model_name)
+    flags = ["--model", config.model, "--served-model-name", served_name, "--disable-fastapi-docs"]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags, "--disable-log-stats"])
+    assert args is not None  # argparse's annotation only; it exits or returns
+    app = build_app(args, _TASKS, config)
+    await init_app_state(client, app.state, args, _TASKS)
+    kept = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES.keys() - _OURS]
+    app.router.routes[:] = [*health_routes(health), *kept]
+    return Guard(
+        app,
+        limits=limits,
+        served_name=served_name,
+        request_timeout_s=request_timeout_s,
+        max_body_bytes=max_body_bytes,
+    )

@@ -1,0 +1,242 @@
+"""The event loop that every data-plane server runs on a thread of its own: accept, authenticate, frames in and out.
+
+A subclass decides what frames mean: `on_frame` for each, `on_pass` once all that was readable has been read.
+One thread owns all its sockets, so nothing here is locked; other threads talk to it through `post`.
+"""
+
+import logging
+import select
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+from experts.errors import HandshakeError, LinkError
+from experts.handshake import HELLO_BYTES, Identity, Role, ServerSide, Welcome
+from experts.link import Conn, listen, tune
+from experts.wire import Header, Limits
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 2.0
+MAX_PENDING_HANDSHAKES = 64
+TICK_S = 0.05
+_READ = select.EPOLLIN | select.EPOLLRDHUP
+_GONE = select.EPOLLHUP | select.EPOLLERR
+
+
+class DataPlaneLoop(threading.Thread):
+    """One listening address and the links opened to it or handed to it, served until `stop`."""
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        secret: bytes,
+        fingerprint: bytes,
+        incarnation: int,
+        group: int,
+        roles: frozenset[Role],
+        limits: Limits,
+        name: str,
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self.limits = limits
+        self.incarnation = incarnation
+        self.refused: Counter[str] = Counter()  # links refused or cut, by reason
+        self._server_side = lambda: ServerSide(
+            secret, fingerprint=fingerprint, incarnation=incarnation, group=group, roles=roles
+        )
+        self._listener, self.address = listen(address)
+        self._epoll = select.epoll()
+        self._waker, self._wakee = socket.socketpair()
+        self._wakee.setblocking(False)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._conns: dict[int, Conn] = {}
+        self._shaking: dict[int, tuple[ServerSide, float]] = {}  # fileno -> handshake, its deadline
+        self._writing: set[int] = set()
+        self._stopping = False
+        self._beat_s = time.monotonic()
+        for fd in (self._listener.fileno(), self._wakee.fileno()):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    # What a subclass says.
+
+    def on_open(self, conn: Conn) -> None:
+        """A link is authenticated; `conn.peer` says who it is."""
+
+    def on_frame(self, conn: Conn, header: Header, payload: memoryview) -> None:
+        """One frame; `payload` stays valid until `on_pass` has returned."""
+        raise NotImplementedError  # abstract: a loop without a meaning for frames is of no use
+
+    def on_close(self, conn: Conn) -> None:
+        """An authenticated link is gone."""
+
+    def on_pass(self) -> None:
+        """Everything that was readable has been given to on_frame."""
+
+    def on_tick(self, now_s: float) -> None:
+        """About every TICK_S; `now_s` on time.monotonic()."""
+
+    # What others may call.
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the loop's thread, soon."""
+        self._posted.append(action)
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # the loop has stopped
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Closes every link and ends the thread."""
+        self._stopping = True
+        self.post(lambda: None)
+        if self.is_alive():
+            self.join(timeout_s)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the loop last came round; what a health check asks."""
+        return time.monotonic() - self._beat_s
+
+    # For subclasses, on the loop's thread.
+
+    def adopt(self, sock: socket.socket, welcome: Welcome, *, name: str) -> Conn:
+        """Takes over a link that was opened, and authenticated, from this side."""
+        conn = Conn(sock, self.limits, name=name)
+        conn.peer = welcome
+        self._conns[conn.fileno()] = conn
+        self._epoll.register(conn.fileno(), _READ)
+        return conn
+
+    def send(self, conn: Conn, header: Header, *parts: memoryview | bytes) -> bool:
+        """Sends or queues a frame. False where the link is gone (on_close has been called then)."""
+        try:
+            conn.send(header, parts)
+        except LinkError as error:
+            self.drop(conn, str(error))
+            return False
+        self._watch_writes(conn)
+        return True
+
+    def drop(self, conn: Conn, reason: str) -> None:
+        """Closes a link and says so once."""
+        fd = conn.fileno()
+        if fd < 0 or self._conns.pop(fd, None) is None:
+            return
+        self._shaking.pop(fd, None)
+        self._writing.discard(fd)
+        self._epoll.unregister(fd)
+        conn.close()
+        log.info("link closed", extra={"link": conn.name, "reason": reason})
+        if conn.peer is not None:
+            self.on_close(conn)
+
+    # The loop.
+
+    def run(self) -> None:
+        next_tick_s = time.monotonic() + TICK_S
+        while not self._stopping:
+            events = self._epoll.poll(max(next_tick_s - time.monotonic(), 0))
+            for fd, event in events:
+                self._handle(fd, event)
+            while self._posted:
+                self._posted.popleft()()
+            self.on_pass()
+            self._beat_s = now_s = time.monotonic()
+            if now_s >= next_tick_s:
+                self._expire_handshakes(now_s)
+                self.on_tick(now_s)
+                next_tick_s = now_s + TICK_S
+        self._shut()
+
+    def _handle(self, fd: int, event: int) -> None:
+        if fd == self._listener.fileno():
+            self._accept()
+        elif fd == self._wakee.fileno():
+            self._wakee.recv(4096)
+        elif (conn := self._conns.get(fd)) is not None:
+            try:
+                self._serve(conn, event)
+            except HandshakeError as error:
+                self._refuse(conn, "handshake", str(error))
+            except LinkError as error:
+                # Both a dead peer and a malformed frame end this link, and no other.
+                self._refuse(conn, type(error).__name__, str(error))
+
+    def _serve(self, conn: Conn, event: int) -> None:
+        if conn.peer is None:
+            self._shake(conn)
+            return
+        if event & select.EPOLLOUT:
+            conn.flush()
+            self._watch_writes(conn)
+        if event & (_READ | _GONE) and conn.receive():
+            while (frame := conn.next_frame()) is not None:
+                self.on_frame(conn, *frame)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._shaking) >= MAX_PENDING_HANDSHAKES:
+            self.refused["pending"] += 1
+            sock.close()
+            return
+        tune(sock)
+        conn = Conn(sock, self.limits, name=f"{self.name} from {sock.fileno()}")
+        handshake = self._server_side()
+        self._conns[conn.fileno()] = conn
+        self._shaking[conn.fileno()] = handshake, time.monotonic() + HANDSHAKE_TIMEOUT_S
+        self._epoll.register(conn.fileno(), _READ)
+        try:
+            conn.send_bytes([handshake.greeting])
+        except LinkError as error:
+            self.drop(conn, str(error))
+
+    def _shake(self, conn: Conn) -> None:
+        hello = conn.receive_handshake(HELLO_BYTES)
+        if hello is None:
+            return
+        handshake, _ = self._shaking.pop(conn.fileno())
+        identity, welcome = handshake.answer(hello)
+        conn.peer = identity
+        conn.name = f"{self.name} from {identity.role.name.lower()} {identity.member_id}"
+        conn.send_bytes([welcome])
+        self._watch_writes(conn)
+        self.on_open(conn)
+
+    def _refuse(self, conn: Conn, kind: str, reason: str) -> None:
+        self.refused[kind] += 1
+        if conn.peer is None:
+            log.warning("link refused", extra={"link": conn.name, "reason": reason})
+        self.drop(conn, reason)
+
+    def _expire_handshakes(self, now_s: float) -> None:
+        for fd, (_, deadline_s) in list(self._shaking.items()):
+            if now_s > deadline_s:
+                self._refuse(self._conns[fd], "handshake", "no proof in time")
+
+    def _watch_writes(self, conn: Conn) -> None:
+        fd = conn.fileno()
+        if conn.wants_write != (fd in self._writing):
+            self._epoll.modify(fd, _READ | (select.EPOLLOUT if conn.wants_write else 0))
+            (self._writing.add if conn.wants_write else self._writing.discard)(fd)
+
+    def _shut(self) -> None:
+        for conn in list(self._conns.values()):
+            conn.peer = None  # no on_close: nobody is left to react
+            self.drop(conn, "stopping")
+        self._listener.close()
+        self._epoll.close()
+        self._waker.close()
+        self._wakee.close()
+
+
+def identity_of(conn: Conn) -> Identity:
+    """The peer of a link that was accepted, once `on_open` was called for it."""
+    assert isinstance(conn.peer, Identity)
+    return conn.peer

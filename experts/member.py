@@ -1,0 +1,52 @@
+"""How a replica tells the controller that it lives: a lease, renewed with everything the controller must know of it."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from experts.placement import Member
+
+log = logging.getLogger(__name__)
+
+RENEW_S = 1.0
+CONTROLLER_TIMEOUT_S = 10.0
+
+
+class Lease(threading.Thread):
+    """Renews one member's lease once a second until `stop`, and asks again when the controller is away."""
+
+    def __init__(self, controller: DeploymentHandle, describe: Callable[[], Member]) -> None:
+        """describe: the member as it is now; only its `details` may change over time."""
+        super().__init__(name="lease", daemon=True)
+        self._controller = controller
+        self._describe = describe
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            self._call("renew", self._describe())
+            self._stopped.wait(RENEW_S)
+
+    def stop(self) -> None:
+        """Leaves the cluster: nothing is sent here from now on."""
+        self._stopped.set()
+        member = self._describe()
+        self._call("leave", member.member_id, member.incarnation)
+
+    def _call(self, method: str, *args: object) -> None:
+        try:
+            getattr(self._controller, method).remote(*args).result(timeout_s=CONTROLLER_TIMEOUT_S)
+        except Exception as error:  # Ray raises many kinds for a controller that restarts; all of them mean: later
+            log.warning("controller not reached", extra={"method": method, "reason": str(error)[:200]})
+
+
+def own_ids() -> tuple[str, str, int]:
+    """(member id, Ray node id, pid) of the Serve replica that calls."""
+    unique = serve.get_replica_context().replica_id.unique_id
+    name = f"{serve.get_replica_context().deployment}#{unique}"
+    return name[:32], ray.get_runtime_context().get_node_id(), os.getpid()

@@ -1,0 +1,139 @@
+"""The data plane of one expert-group replica: rows come in, are joined by layer, computed, and go back as partial sums."""
+
+import logging
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experts.batch import Batch, Rows, join
+from experts.compute import Pairs
+from experts.errors import FrameError
+from experts.handshake import Role
+from experts.link import Conn
+from experts.loop import DataPlaneLoop
+from experts.wire import DType, Header, Kind, Limits
+
+log = logging.getLogger(__name__)
+
+TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
+WIRE_DTYPES = {dtype: wire for wire, dtype in TORCH_DTYPES.items()}
+
+# Frames are read-only to us and never outlive the pass that computes them.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+class ExpertFFN(Protocol):
+    """Partial sums of one layer; experts/compute.py has the implementations."""
+
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Whom to answer, and under which number."""
+
+    conn: Conn
+    seq: int
+    placement_version: int
+
+
+class ExpertServer(DataPlaneLoop):
+    """Serves the experts of one replica.
+
+    held: global ids of the experts that this replica holds, in the order of its weights.
+    """
+
+    def __init__(
+        self,
+        ffn: ExpertFFN,
+        *,
+        held: range,
+        layers: frozenset[int],
+        dtype: torch.dtype,
+        num_experts: int,
+        address: str,
+        secret: bytes,
+        fingerprint: bytes,
+        incarnation: int,
+        group: int,
+        limits: Limits,
+    ) -> None:
+        super().__init__(
+            address=address,
+            secret=secret,
+            fingerprint=fingerprint,
+            incarnation=incarnation,
+            group=group,
+            roles=frozenset({Role.ROUTER}),
+            limits=limits,
+            name=f"experts-{group}",
+        )
+        self._ffn = ffn
+        self._layers = layers
+        self._dtype = WIRE_DTYPES[dtype]
+        self._local = np.full(num_experts, -1, dtype=np.int32)  # global expert id -> index into our weights
+        self._local[np.asarray(held)] = np.arange(len(held), dtype=np.int32)
+        self._waiting: list[Rows[Question]] = []
+        self.counts: Counter[str] = Counter()
+
+    def on_frame(self, conn: Conn, header: Header, payload: memoryview) -> None:
+        if header.kind is not Kind.ROWS or header.dtype is not self._dtype:
+            raise FrameError(f"{header.kind.name} {header.dtype.name} frame sent to an expert group")
+        rows = self._read_rows(conn, header, payload)
+        if rows is None:
+            self.counts["nacks"] += 1
+            self.send(conn, Header(Kind.NACK, layer=header.layer, seq=header.seq, incarnation=self.incarnation))
+        else:
+            self._waiting.append(rows)
+
+    def on_pass(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        for batch in join(waiting):
+            self._answer(batch, self._ffn(batch.layer, batch.x, batch.pairs))
+            self.counts["rows"] += len(batch.x)
+            self.counts["batches"] += 1
+            self.counts["joined"] += len(batch.parts)
+
+    def _read_rows(self, conn: Conn, header: Header, payload: memoryview) -> Rows[Question] | None:
+        """The rows of a frame, or None where they ask for what this replica does not hold."""
+        num_rows, num_pairs = header.num_rows, header.num_extra
+        x_bytes = num_rows * self.limits.hidden_size * header.dtype.itemsize
+        table = np.frombuffer(payload, dtype=np.int32, offset=x_bytes).reshape(3, num_pairs)
+        row, expert = table[0], table[1]
+        if row.min() < 0 or row.max() >= num_rows or expert.min() < 0 or expert.max() >= len(self._local):
+            raise FrameError("ROWS frame names a row or an expert that does not exist")
+        local = self._local[expert]
+        if header.incarnation != self.incarnation or header.layer not in self._layers or local.min() < 0:
+            return None
+        return Rows(
+            asker=Question(conn=conn, seq=header.seq, placement_version=header.placement_version),
+            layer=header.layer,
+            x=torch.frombuffer(payload[:x_bytes], dtype=TORCH_DTYPES[header.dtype]).view(num_rows, -1),
+            pairs=Pairs(
+                row=torch.from_numpy(row),
+                expert=torch.from_numpy(local),
+                weight=torch.from_numpy(table[2].view(np.float32)),
+            ),
+        )
+
+    def _answer(self, batch: Batch[Question], y: Tensor) -> None:
+        for asker, rows in batch.parts:
+            part = y[rows]
+            header = Header(
+                Kind.PARTIAL,
+                layer=batch.layer,
+                num_rows=len(part),
+                seq=asker.seq,
+                placement_version=asker.placement_version,
+                incarnation=self.incarnation,
+            )
+            self.send(asker.conn, header, memoryview(part.numpy()).cast("B"))
+
+
