@@ -140,7 +140,8 @@ def measure_bandwidth() -> float:
 
 def median_us(call: Callable[[int], object], budget_s: float) -> float:
     """Median of as many calls as fit in the budget, at least five; the first two do not count."""
-    call(0), call(1)
+    call(0)
+    call(1)
     times: list[float] = []
     while len(times) < 5 or sum(times) < budget_s:
         times.append(elapsed_s(lambda: call(len(times))))

@@ -33,6 +33,13 @@ class Overloaded(ServingError):
     """The cluster's queue is full; come back later (RESOURCE_EXHAUSTED, 429)."""
 
 
+class RefusedStream(Exception):
+    """Ends a gRPC stream whose context already carries code and details; its text goes nowhere.
+
+    It lives here because Serve's proxy unpickles it, and must not import vLLM for that.
+    """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """One failed request, as both surfaces tell it."""

@@ -71,8 +71,9 @@ class Guard:
         except RequestError as exc:
             await answer.refuse(refusal_of(exc))
         except Exception as exc:
-            if not answer.answered:  # the app has answered and then raised, as Starlette does for the server's log
-                await answer.refuse(internal_error("an HTTP request failed", exc))
+            refusal = internal_error("an HTTP request failed", exc)
+            if not answer.complete:  # Starlette answers and then raises all the same, for the server's log
+                await answer.refuse(refusal)
 
     async def _admit(self, scope: Scope, receive: Receive, admission: Admission) -> tuple[Scope, Receive]:
         """The request as the app may see it. Raises RequestError for whatever must not pass."""
@@ -106,7 +107,7 @@ class Guard:
             message = await receive()
             raw += message.get("body", b"")
             more = message.get("more_body", False)
-        if more:
+        if more or len(raw) > self._max_body_bytes:
             raise BodyTooLarge(f"the body has more than {self._max_body_bytes} bytes")
         return bytes(raw)
 
@@ -142,7 +143,8 @@ class _Answer:
         self._admission = admission
         self._held: Message | None = None  # a start that waits for its first bytes
         self._error_body: bytearray | None = None  # of an error answer, until complete
-        self.answered = False
+        self._begun = False
+        self.complete = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -160,7 +162,7 @@ class _Answer:
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answers with an error, as a whole answer or, when one has begun, as its last event."""
-        if self.answered:
+        if self._begun:
             await self._pass({"type": "http.response.body", "body": _event(refusal)})
             return
         body = json.dumps(refusal.body).encode()
@@ -173,7 +175,7 @@ class _Answer:
     async def _collect_error(self, message: Message, body: bytearray) -> None:
         assert self._held is not None
         body += message.get("body", b"")
-        if not message.get("more_body", False) and not self.answered:
+        if not message.get("more_body", False) and not self.complete:
             await self.refuse(self._read_error(bytes(body), self._held["status"]))
 
     async def _pass_body(self, message: Message) -> None:
@@ -190,7 +192,8 @@ class _Answer:
         await self._pass(message)
 
     async def _pass(self, message: Message) -> None:
-        self.answered = True
+        self._begun = True
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
     def _read_error(self, body: bytes, status: int) -> Refusal:

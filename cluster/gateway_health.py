@@ -1,6 +1,7 @@
 """Is the gateway alive, and is the cluster behind it ready? One answer for HTTP, gRPC health and the status page."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from starlette.routing import Route
 
 from cluster.gateway_errors import refusal_of
 from experts.errors import ServingError
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, object]
 _T = TypeVar("_T")
@@ -71,6 +74,7 @@ class Health:
             async with asyncio.timeout(self.timeout_s):
                 return await answer
         except Exception as exc:
+            log.warning("the cluster's state could not be read", exc_info=exc)
             raise ServingError("the cluster's state could not be read; try again") from exc
 
 

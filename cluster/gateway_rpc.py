@@ -22,7 +22,7 @@ from vllm.outputs import RequestOutput
 from vllm.renderers import BaseRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from cluster.gateway_errors import Refusal, refusal_of
+from cluster.gateway_errors import Refusal, RefusedStream, refusal_of
 from cluster.gateway_health import Health, serving_status
 from cluster.gateway_run import Engine, run
 from cluster.gateway_vllm import new_request_id
@@ -46,10 +46,6 @@ class GrpcContext(Protocol):
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
     def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
-
-
-class RefusedStream(Exception):
-    """Ends a stream whose context already carries code and details; its text goes nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

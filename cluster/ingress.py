@@ -6,7 +6,7 @@ by the replica's constructor.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from google.protobuf.message import Message
@@ -81,6 +81,7 @@ class Gateway:
     request_timeout_s: the deadline of a request that names none.
     attention: offers `generate(prompt, params, request_id)`, streaming RequestOutput.
     controller: offers `status()`, a JSON object; without one the status page has Serve's view only.
+    keep: deployments that belong to the application without being called from here: Serve starts what its ingress names.
     """
 
     async def __init__(
@@ -94,6 +95,7 @@ class Gateway:
         attention: DeploymentHandle,
         controller: DeploymentHandle | None = None,
         max_body_bytes: int = 4 << 20,
+        keep: Sequence[DeploymentHandle] = (),
     ) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports below: everything needed is in the folder
         from cluster.gateway_http import build_http_app
@@ -157,7 +159,7 @@ async def _deployments() -> dict[str, DeploymentHealth]:
     return {
         name: DeploymentHealth(
             status=str(overview.status.value),
-            replicas={str(state.value): count for state, count in overview.replica_states.items()},
+            replicas=dict(cast("Mapping[str, int]", overview.replica_states)),  # annotated as an enum, and is not
         )
         for name, overview in app.deployments.items()
     }

@@ -12,7 +12,6 @@ import ast
 import importlib
 import json
 import math
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -164,32 +163,28 @@ def _int(fields: Mapping[str, object], name: str) -> int:
     return value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="make-checkpoint", description="Make a small random checkpoint.")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--preset", choices=list(PRESETS), default="nano")
-    parser.add_argument("--seed", type=int, default=0)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--preset", choices=list(PRESETS), default="nano", help="its family and size (default: nano)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
     parser.add_argument("--max-shard-size", default="1GB", help="largest file; a small one gives several (such as 2MB)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=JSON", help="change a field of config.json"
     )
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes what the arguments say; the exit code. Raises ConfigError."""
     try:
         overrides = {key: json.loads(value) for key, _, value in (item.partition("=") for item in args.set)}
-        make_checkpoint(
-            args.out,
-            preset=args.preset,
-            seed=args.seed,
-            max_shard_size=args.max_shard_size,
-            on_progress=print,
-            **overrides,
-        )
-    except (ConfigError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--set wants FIELD=JSON, such as hidden_size=512: {error}") from None
+    make_checkpoint(
+        args.out,
+        preset=args.preset,
+        seed=args.seed,
+        max_shard_size=args.max_shard_size,
+        on_progress=print,
+        **overrides,
+    )
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

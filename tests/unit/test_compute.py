@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-import experts.compute_cpu as compute_cpu
+from experts import compute_cpu
 from experts.compute import LoopFFN, Pairs, expert_ffn_loop, make_expert_ffn
 from experts.compute_cpu import KernelFFN, why_no_kernel
 from experts.compute_cuda import GroupedFFN

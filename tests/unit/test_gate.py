@@ -180,7 +180,7 @@ def test_difference_vllms_gpu_code_takes_bfloat16_scores_and_so_ties_what_we_tel
     theirs = vllm_gpu_twin(logits, shape)
     assert theirs.topk_idx.tolist() == [[1]]
     assert theirs.topk_weights.tolist() == [[0.28125]]
-    assert route(logits, shape).topk_weights.item() == pytest.approx(0.28152, abs=1e-5)
+    assert route(logits, shape).topk_weights.item() == pytest.approx(0.28148, abs=1e-5)
 
 
 def test_difference_transformers_v2_ignores_norm_topk_prob() -> None:

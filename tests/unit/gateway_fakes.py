@@ -1,27 +1,30 @@
-"""The HTTP side of the gateway: vLLM's OpenAI server with our guard round it and a fake engine behind it."""
+"""A whole gateway without Ray for the tests: a fake engine, a fake gRPC context, and a model folder without weights."""
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import grpc
 import httpx
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from cluster.gateway_errors import RefusedStream
 from cluster.gateway_guard import Guard
 from cluster.gateway_health import DeploymentHealth, Health
 from cluster.gateway_http import build_http_app
 from cluster.gateway_rpc import Rpc, model_info_of
 from cluster.gateway_vllm import ForwardingClient, vllm_config_of
+from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.validate import Limits
-from experts.errors import DeadlineExceeded, GroupUnavailable, RequestError
 
 CONTEXT = 64
 CONFIG = {
@@ -96,6 +99,24 @@ class FakeEngine:
         return RequestOutput(request_id, None, ids, None, [choice], last)
 
 
+class FakeContext:
+    """Serve's gRPC context, as far as we use it."""
+
+    def __init__(self) -> None:
+        self.code = grpc.StatusCode.OK
+        self.details = ""
+        self.trailers: list[tuple[str, str]] = []
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
+        self.trailers = trailing_metadata
+
+
 class Front:
     """The whole gateway without Ray; one event loop for all tests of the module."""
 
@@ -118,6 +139,10 @@ class Front:
             request_timeout_s=5.0,
         )
 
+    def use(self, engine: FakeEngine) -> None:
+        self.engine = self.client._engine = engine
+        self.rpc = dataclasses.replace(self.rpc, engine=engine)
+
     async def _build(self) -> Guard:
         app = await build_http_app(
             self.client, self.health, limits=self.limits, request_timeout_s=5.0, max_body_bytes=4096
@@ -138,13 +163,30 @@ class Front:
 
         return self.loop.run_until_complete(send())
 
+    def stream(self, **fields: object) -> tuple[list[pb.GenerateChunk], "FakeContext"]:
+        """What a GenerateStream client gets: the chunks until it ended or broke, and the status."""
+        context = FakeContext()
+        chunks: list[pb.GenerateChunk] = []
+
+        async def collect() -> None:
+            async for chunk in self.rpc.generate_stream(pb.GenerateRequest(**fields), context):  # type: ignore[arg-type]
+                chunks.append(chunk)
+
+        with contextlib.suppress(RefusedStream):
+            self.loop.run_until_complete(collect())
+        return chunks, context
+
+    def generate(self, **fields: object) -> tuple[pb.GenerateResponse, "FakeContext"]:
+        context = FakeContext()
+        request = pb.GenerateRequest(**fields)  # type: ignore[arg-type]
+        return self.loop.run_until_complete(self.rpc.generate(request, context)), context
+
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.request("POST", path, json=body)
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("model")
+def write_model(folder: Path) -> None:
+    """config.json and a byte tokenizer with a chat template; no weights."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     letters = pre_tokenizers.ByteLevel.alphabet()
     vocab = {chr(i): i for i in range(256) if chr(i) in letters}
@@ -157,57 +199,3 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
-    front = Front(folder)
-    yield front
-    front.loop.close()
-
-
-@pytest.fixture
-def front(running: Front) -> Front:
-    running.engine.__init__()
-    running.replicas = {"attention": {"RUNNING": 1}, "experts-0": {"RUNNING": 2}}
-    return running
-
-
-def test_a_completion_is_answered_with_text_and_counts(front: Front) -> None:
-    answer = front.post("/v1/completions", model="nano", prompt="hello", max_tokens=3).json()
-    assert answer["choices"][0]["text"] == "abc"
-    assert answer["usage"] == {
-        "prompt_tokens": 5,
-        "completion_tokens": 3,
-        "total_tokens": 8,
-        "prompt_tokens_details": None,
-    }
-
-
-def test_it(front: Front) -> None:
-    for r in (
-        front.request("GET", "/v1/models"),
-        front.request("GET", "/version"),
-        front.request("GET", "/metrics"),
-        front.request("GET", "/expertmesh/status"),
-        front.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_completion_tokens=3),
-        front.post("/v1/completions", prompt="x", stream=True, max_tokens=3),
-        front.post("/v1/completions", prompt="x" * 63, max_tokens=3),
-        front.post("/v1/completions", prompt=[1] * 63, max_tokens=3),
-        front.post("/tokenize", prompt="x"),
-        front.post("/detokenize", tokens=[97]),
-        front.post("/v1/completions", prompt="x", stream_options={"a": 1}),
-        front.post("/v1/completions", prompt="x", stream=True, stream_options={"include_usage": 7}),
-    ):
-        print(r.status_code, dict(r.headers), r.text[:600])
-    for then in (
-        GroupUnavailable("no live copy of group 1"),
-        DeadlineExceeded("late"),
-        ValueError("boom /tmp/x/y.py"),
-        RequestError("odd", field="top_k"),
-    ):
-        front.engine.then = then
-        for stream in (False, True):
-            for words in (["a"], []):
-                front.engine.words = words
-                r = front.post("/v1/completions", prompt="x", stream=stream)
-                print(type(then).__name__, stream, words, r.status_code, r.headers.get("retry-after"), r.text)
-    front.engine.__init__()
-    front.engine.finish_reason = "error"
-    print(front.post("/v1/completions", prompt="x").text)

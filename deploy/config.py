@@ -1,0 +1,183 @@
+"""The config file of a deployment, and what is refused before anything of it starts."""
+
+import difflib
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from pydantic import Field, ValidationError
+
+from cluster.config import AttentionConfig, GatewayConfig
+from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.config import ExpertsConfig, ModelConfig, Settings
+from experts.errors import ConfigError
+from experts.weights import bytes_needed
+from router.config import RouterConfig
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "laptop.yaml"
+CPU_KV_LORA_RANK, CPU_ROPE_HEAD_DIM = 512, 64  # the only shape of vLLM's CPU_MLA backend
+
+
+class DeploymentConfig(Settings):
+    """A whole config file; every section may be left out."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A config whose checkpoint has been found and checked."""
+
+    config: DeploymentConfig
+    checkpoint: Checkpoint
+    served_name: str
+    dtype: str  # float32, bfloat16 or float16
+
+    @property
+    def max_rows(self) -> int:
+        """Tokens of one step at most: without chunked prefill a whole prompt is one step."""
+        return max(self.config.model.max_model_len, self.config.attention.max_num_seqs)
+
+
+def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> DeploymentConfig:
+    """Reads a config file. overrides: values by dotted name, such as `experts.groups`, which win over the file.
+
+    Raises ConfigError that names the key, and the nearest known one where a key is unknown.
+    """
+    file = Path(path)
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {str(error).replace(chr(10), ' ')}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold sections ({', '.join(DeploymentConfig.model_fields)}), not {content!r}")
+    for name, value in (overrides or {}).items():
+        section, _, key = name.partition(".")
+        content.setdefault(section, {})[key] = value
+    try:
+        return DeploymentConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {_first_problem(error)}") from None
+
+
+def resolve(config: DeploymentConfig, *, embedded: Path | None) -> Resolved:
+    """Opens the checkpoint and refuses what could not be served. Raises ConfigError.
+
+    embedded: folder of the checkpoint that `embedded` stands for; None where there is none.
+    """
+    named = config.model.checkpoint
+    if named == "embedded" and embedded is None:
+        raise ConfigError("model.checkpoint is embedded, and there is no embedded checkpoint here: name a folder")
+    folder = embedded if named == "embedded" and embedded is not None else Path(named)
+    checkpoint = open_checkpoint(folder.absolute())
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = str(checkpoint.dtype).removeprefix("torch.")
+    checkpoint.shape.check_num_groups(config.experts.groups)
+    _check_lengths(config, checkpoint.config)
+    if not torch.cuda.is_available():
+        _check_cpu_attention(checkpoint.config)
+    name = config.model.served_name or ("expertmesh-nano" if named == "embedded" else folder.absolute().name)
+    return Resolved(config=config, checkpoint=checkpoint, served_name=name, dtype=dtype)
+
+
+def check_machine(resolved: Resolved) -> None:
+    """Refuses to start where a port is taken or the memory of this machine is too small. Raises ConfigError."""
+    gateway = resolved.config.gateway
+    if gateway.http_port == gateway.grpc_port:
+        raise ConfigError(f"gateway.http_port and gateway.grpc_port are both {gateway.http_port}: they must differ")
+    for key, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
+        if _in_use(gateway.http_host, port):
+            raise ConfigError(f"gateway.{key}: port {port} is in use; choose another one, or end what listens there")
+    needed, free = memory_needed(resolved), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"this deployment needs about {needed / 2**30:.1f} GiB of memory on this machine, and {free / 2**30:.1f} GiB "
+            "are free: use fewer replicas, a smaller attention.kv_cache_mib, or a larger machine"
+        )
+
+
+def memory_needed(resolved: Resolved) -> int:
+    """Bytes that all replicas of a laptop deployment will hold together: an estimate, rounded up."""
+    config, checkpoint = resolved.config, resolved.checkpoint
+    shape = checkpoint.shape
+    routed = bytes_needed(checkpoint, shape.num_experts, getattr(torch, resolved.dtype))
+    stored = sum(entry.file.stat().st_size for entry in {e.file: e for e in checkpoint.tensors.values()}.values())
+    rest = max(stored - bytes_needed(checkpoint, shape.num_experts, checkpoint.dtype), 0)
+    rest *= getattr(torch, resolved.dtype).itemsize / checkpoint.dtype.itemsize
+    attention = config.attention.replicas * (rest + (config.attention.kv_cache_mib << 20) + (1400 << 20))
+    processes = config.experts.groups * config.experts.replicas + config.router.replicas
+    return int(routed * config.experts.replicas + attention + processes * (350 << 20) + (1500 << 20))
+
+
+def _check_lengths(config: DeploymentConfig, model: Mapping[str, object]) -> None:
+    context = model.get("max_position_embeddings")
+    if isinstance(context, int) and config.model.max_model_len > context:
+        raise ConfigError(
+            f"model.max_model_len is {config.model.max_model_len}, and the checkpoint's context is {context}: lower it"
+        )
+
+
+def _check_cpu_attention(model: Mapping[str, object]) -> None:
+    rank, rope_dim = model.get("kv_lora_rank"), model.get("qk_rope_head_dim")
+    if rank is None:
+        return  # no latent attention, so none of its limits
+    if (rank, rope_dim) != (CPU_KV_LORA_RANK, CPU_ROPE_HEAD_DIM):
+        raise ConfigError(
+            f"vLLM's CPU attention needs kv_lora_rank {CPU_KV_LORA_RANK} and qk_rope_head_dim {CPU_ROPE_HEAD_DIM}, and "
+            f"this checkpoint has {rank} and {rope_dim}: serve it on a machine with a CUDA GPU"
+        )
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    if kind != "yarn":
+        raise ConfigError(
+            f"this checkpoint's rope_type is {kind or 'default'}, for which vLLM's CPU kernel computes wrong tokens with "
+            "latent attention: use a checkpoint with yarn, or a machine with a CUDA GPU"
+        )
+
+
+def _in_use(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_known_keys(problem['loc'][:-1]))}"
+        return f"unknown key {where}{hint}"
+    return f"{where} is {problem['input']!r}: {problem['msg'].lower()}"
+
+
+def _known_keys(section: tuple[int | str, ...]) -> list[str]:
+    if not section:
+        return list(DeploymentConfig.model_fields)
+    field = DeploymentConfig.model_fields.get(str(section[0]))
+    kind = field.annotation if field is not None else None
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, Settings) else []
+
+
+def state_dir() -> Path:
+    """Where checkpoints that we made and the running cluster's file are kept: EXPERTMESH_HOME, or the user's cache."""
+    home = os.environ.get("EXPERTMESH_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(home) if home else Path(cache or Path.home() / ".cache") / "expertmesh"
+    return folder.absolute()

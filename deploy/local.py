@@ -1,0 +1,266 @@
+"""A cluster of its own on this machine: a local Ray, Serve on it, the application, and all of it gone at the end."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from deploy.config import Resolved, state_dir
+from experts.errors import ConfigError, ExpertmeshError
+from experts.handshake import write_secret
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeStatus
+
+START_TIMEOUT_S = 600.0
+POLL_S = 1.0
+Say = Callable[[str], None]
+
+
+class StartError(ExpertmeshError):
+    """The cluster did not come up; the text says which part, and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningCluster:
+    """What other commands must know of the cluster that `up` started; kept in a file while it runs."""
+
+    pid: int  # of the process that owns it
+    http: str  # base URL
+    grpc: str  # host:port
+    model: str  # served name
+    checkpoint: str
+    dtype: str
+    num_groups: int
+    attention_replicas: int
+    max_model_len: int
+    log_dir: str
+
+    @staticmethod
+    def file() -> Path:
+        return state_dir() / "cluster.json"
+
+    @classmethod
+    def find(cls) -> Self | None:
+        """The running cluster, or None; a file whose process is gone counts as none."""
+        try:
+            cluster = cls(**json.loads(cls.file().read_text()))
+            os.kill(cluster.pid, 0)
+        except (OSError, ValueError, TypeError):
+            return None
+        return cluster
+
+    def write(self) -> None:
+        self.file().parent.mkdir(parents=True, exist_ok=True)
+        self.file().write_text(json.dumps(asdict(self), indent=2))
+
+
+class LocalCluster:
+    """Owns Ray's processes: a context manager that leaves nothing running."""
+
+    def __init__(self, resolved: Resolved, *, say: Say) -> None:
+        self._resolved = resolved
+        self._say = say
+        # Short, since it holds Unix sockets, whose paths may have 107 bytes.
+        self.runtime_dir = Path(tempfile.mkdtemp(prefix="em-"))
+        self._started_s = time.monotonic()
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop(keep_logs=True)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def running(self) -> RunningCluster:
+        gateway = self._resolved.config.gateway
+        return RunningCluster(
+            pid=os.getpid(),
+            http=f"http://{gateway.http_host}:{gateway.http_port}",
+            grpc=f"{gateway.http_host}:{gateway.grpc_port}",
+            model=self._resolved.served_name,
+            checkpoint=str(self._resolved.checkpoint.path),
+            dtype=self._resolved.dtype,
+            num_groups=self._resolved.config.experts.groups,
+            attention_replicas=self._resolved.config.attention.replicas,
+            max_model_len=self._resolved.config.model.max_model_len,
+            log_dir=str(self.runtime_dir / "ray" / "session_latest" / "logs"),
+        )
+
+    def stop(self, *, keep_logs: bool = False) -> None:
+        """Ends Serve and Ray, and removes the runtime folder; Ray's logs are kept where the start failed."""
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            # A second Ctrl-C must not leave half of it behind.
+            previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+            children = _descendants(os.getpid())
+            try:
+                serve.shutdown()
+            finally:
+                ray.shutdown()
+                _end(children)
+                if previous is not None:
+                    signal.signal(signal.SIGINT, previous)
+        if keep_logs and (self.runtime_dir / "ray").exists():
+            self._say(f"logs are kept in {self.runtime_dir / 'ray' / 'session_latest' / 'logs'}")
+        else:
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+
+    def _start(self) -> None:
+        write_secret(self.runtime_dir / "secret")
+        prepare_ray_environment(self.runtime_dir)
+        import ray
+        from ray import serve
+
+        # Imported here: they need Ray's environment to be set.
+        from deploy.app import serve_config, serve_options
+        from ray.serve.config import HTTPOptions, gRPCOptions
+        from ray.serve.context import _get_global_client
+
+        self._say("starting Ray")
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, 4),  # bookkeeping only: replicas book a tenth each
+            include_dashboard=False,
+            namespace="serve",
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=128 << 20,
+            _temp_dir=str(self.runtime_dir / "ray"),
+        )
+        self._say("starting Serve")
+        options = serve_options(self._resolved.config.gateway)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions.model_validate(options["http_options"]),
+            grpc_options=gRPCOptions.model_validate(options["grpc_options"]),
+        )
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(serve_config(self._resolved, str(self.runtime_dir)))
+        self._wait()
+
+    def _wait(self) -> None:
+        """Shows progress until every deployment is healthy. Raises StartError with the reason of what failed."""
+        from ray import serve
+
+        from deploy.app import APP_NAME
+
+        shown = ""
+        while time.monotonic() - self._started_s < START_TIMEOUT_S:
+            app = serve.status().applications.get(APP_NAME)
+            if app is not None:
+                if app.status in ("RUNNING",):
+                    self._say(f"ready after {time.monotonic() - self._started_s:.0f} s")
+                    return
+                if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                    raise StartError(_why(app))
+                progress = _progress(app)
+                if progress != shown:
+                    shown = progress
+                    self._say(f"{time.monotonic() - self._started_s:4.0f} s  {progress}")
+            time.sleep(POLL_S)
+        raise StartError(f"the cluster was not ready after {START_TIMEOUT_S:.0f} s: {shown}")
+
+
+def prepare_ray_environment(runtime_dir: Path) -> None:
+    """What Ray and all its workers inherit: full priority, a token of their own, our packages, no telemetry."""
+    token = runtime_dir / "ray_token"
+    descriptor = os.open(token, os.O_WRONLY | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    root = str(Path(__file__).parents[1])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ |= {
+        "RAY_worker_niceness": "0",  # the default of 15 leaves the data plane behind every other process
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        "VLLM_CACHE_ROOT": str(runtime_dir / "vllm"),
+        "VLLM_CONFIG_ROOT": str(runtime_dir / "vllm"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def embedded_checkpoint(say: Say) -> Path:
+    """The folder of the embedded checkpoint; made on first use, in seconds, the same on every machine."""
+    folder = state_dir() / "checkpoints" / "nano-v1"
+    if (folder / "config.json").exists():
+        return folder
+    say("making the embedded checkpoint (once)")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    # In a process of its own, since it imports transformers, which the cluster's owner does not need.
+    made = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "make-checkpoint", str(partial), "--preset", "nano"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(f"could not make the embedded checkpoint: {made.stderr.strip().splitlines()[-1:]}")
+    partial.rename(folder)
+    return folder
+
+
+def _progress(app: "ServeStatus") -> str:
+    """Deployments that are up, and those that are not."""
+    healthy = sorted(name for name, d in app.deployments.items() if d.status == "HEALTHY")
+    waiting = sorted(name for name, d in app.deployments.items() if d.status != "HEALTHY")
+    if not app.deployments:
+        return "building the application"
+    return f"{len(healthy)} of {len(app.deployments)} deployments up, waiting for {', '.join(waiting)}"
+
+
+def _why(app: "ServeStatus") -> str:
+    """The last line of what a replica said when it failed: our own errors are one sentence there."""
+    for name, deployment in sorted(app.deployments.items()):
+        if deployment.status not in ("HEALTHY", "UPDATING") and deployment.message:
+            return f"{name} did not start: {_last_sentence(deployment.message)}"
+    return f"the application did not start: {_last_sentence(app.message)}"
+
+
+def _last_sentence(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    ours = [line for line in lines if "experts.errors." in line]
+    return (ours or lines or ["no reason given"])[-1]
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _descendants(pid: int) -> list:
+    import psutil
+
+    return psutil.Process(pid).children(recursive=True)
+
+
+def _end(processes: list) -> None:
+    """Makes sure that what we started is gone: an engine's child can outlive a Serve replica that was killed."""
+    import psutil
+
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)

@@ -1,0 +1,73 @@
+"""What the command line shows of a running cluster: its parts, and the text it generates."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import cast
+
+import grpc
+
+from cluster.proto.expertmesh.v1 import inference_pb2 as pb
+from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
+from experts.errors import ServingError
+
+
+def status_table(status: Mapping[str, object]) -> str:
+    """The status as text for a terminal. status: what /expertmesh/status answers."""
+    deployments = cast("Mapping[str, Mapping[str, object]]", status.get("deployments", {}))
+    cluster = cast("Mapping[str, object]", status.get("cluster") or {})
+    lines = [f"{'deployment':<14}{'status':<12}replicas"]
+    for name, deployment in sorted(deployments.items()):
+        replicas = cast("Mapping[str, int]", deployment.get("replicas", {}))
+        counts = ", ".join(f"{count} {state.lower()}" for state, count in replicas.items()) or "none"
+        lines.append(f"{name:<14}{deployment.get('status', ''):<12}{counts}")
+    if not cluster:
+        return "\n".join([*lines, "", "the controller does not answer: who holds which experts is not known"])
+    missing = cast("list[int]", cluster.get("missing_groups", []))
+    lines += ["", f"placement version {cluster.get('placement_version')}"]
+    if missing:
+        lines.append(f"without a live copy: expert groups {', '.join(map(str, missing))}")
+    return "\n".join([*lines, "", *_members(cast("list[dict[str, object]]", cluster.get("members", [])))])
+
+
+def generate(
+    address: str, prompt: str, *, max_tokens: int, temperature: float, seed: int | None, as_json: bool
+) -> int:
+    """Streams a continuation of `prompt` to stdout; the exit code. Raises ServingError with the server's sentence."""
+    request = pb.GenerateRequest(prompt=prompt, max_tokens=max_tokens, temperature=temperature)
+    if seed is not None:
+        request.seed = seed
+    text: list[str] = []
+    token_ids: list[int] = []
+    last = pb.GenerateChunk()
+    try:
+        with grpc.insecure_channel(address) as channel:
+            for chunk in pb_grpc.InferenceStub(channel).GenerateStream(request):
+                text.append(chunk.text)
+                token_ids.extend(chunk.token_ids)
+                last = chunk
+                if not as_json:
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+    except grpc.RpcError as error:
+        call = cast("grpc.Call", error)
+        raise ServingError(f"{address}: {call.code().name}: {call.details()}") from None
+    if as_json:
+        answer = {"prompt": prompt, "text": "".join(text), "token_ids": token_ids, "finish_reason": last.finish_reason}
+        print(json.dumps(answer))
+    else:
+        print()
+    return 0
+
+
+def _members(members: list[dict[str, object]]) -> list[str]:
+    by_kind: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for member in members:
+        by_kind[str(member["kind"])].append(member)
+    lines = [f"{'member':<36}{'pid':<9}holds"]
+    for kind in ("experts", "router", "attention"):
+        for member in by_kind[kind]:
+            holds = f"group {member['group']}: {member['num_experts']} experts a layer" if kind == "experts" else ""
+            lines.append(f"{member['member_id']:<36}{member['pid']:<9}{holds}")
+    return lines
