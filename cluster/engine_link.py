@@ -60,4 +60,3 @@ def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
         step_timeout_s=given.step_timeout_s,
     )
     return EngineLink(client=client, shape=shape, start_timeout_s=given.start_timeout_s)
-

@@ -81,7 +81,7 @@ class Gateway:
     request_timeout_s: the deadline of a request that names none.
     attention: offers `generate(prompt, params, request_id)`, streaming RequestOutput.
     controller: offers `status()`, a JSON object; without one the status page has Serve's view only.
-    keep: deployments that belong to the application without being called from here: Serve starts what its ingress names.
+    keep: deployments that are called from elsewhere only: Serve starts what its ingress names.
     """
 
     async def __init__(

@@ -1,4 +1,4 @@
-"""The engine's side of the link to its router: one question at a time, repeated over a new link when the old one breaks."""
+"""The engine's side of the link to its router: one question at a time, asked again over a new link if one breaks."""
 
 import logging
 import time
@@ -49,7 +49,7 @@ class RouterClient:
         self._asked: _Question | None = None
 
     def connect(self, *, timeout_s: float) -> None:
-        """Reaches the router, or raises LinkError with the last reason after `timeout_s`; for the start of an engine."""
+        """Reaches the router, or raises LinkError with the last reason after `timeout_s`; for an engine's start."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -88,7 +88,7 @@ class RouterClient:
             self._lose_link()  # answer() opens another one and asks again
 
     def answer(self, like: Tensor) -> Tensor:
-        """The routed experts' sum for what was asked, as a fresh tensor like `like`; zeros where the step is poisoned."""
+        """The routed experts' sum for what was asked, a fresh tensor like `like`; zeros where the step is poisoned."""
         result = self._wait() if self._asked is not None else None
         self._asked = None
         if result is None:
@@ -152,4 +152,4 @@ def _view(tensor: Tensor) -> memoryview:
     host = tensor.detach().to("cpu").contiguous()
     if host.dtype is torch.bfloat16:
         host = host.view(torch.uint16)
-    return memoryview(host.numpy()).cast("B")
+    return host.numpy().data.cast("B")

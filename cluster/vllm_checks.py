@@ -12,9 +12,7 @@ def check_vllm() -> None:
 
     version = vllm.__version__.partition("+")[0]
     if version not in SUPPORTED_VERSIONS:
-        raise RuntimeError(
-            f"vLLM {version} is not supported by expertmesh, which knows {', '.join(SUPPORTED_VERSIONS)}; install one of these"
-        )
+        raise RuntimeError(f"vLLM {version} is not supported by expertmesh; install {' or '.join(SUPPORTED_VERSIONS)}")
     for name, function, parameters in _expected_signatures():
         found = tuple(inspect.signature(function).parameters)
         if found[: len(parameters)] != parameters:

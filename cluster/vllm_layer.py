@@ -1,4 +1,4 @@
-"""Routed experts that live elsewhere: what stands in vLLM's models instead of them, and the loader that leaves them on disk.
+"""Routed experts that live elsewhere: what stands in vLLM's models for them, and a loader that leaves them on disk.
 
 vLLM keeps the gate, the shared experts, the scaling and the sum; which experts a token visits is the router's to say.
 """

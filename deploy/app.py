@@ -1,4 +1,4 @@
-"""The one Serve application, from a resolved config: `serve deploy`, RayService and `expertmesh up` all build it here."""
+"""The one Serve application, built from a config, for `serve deploy`, RayService and `expertmesh up` alike."""
 
 from ray import serve
 from ray.serve import Application
@@ -13,8 +13,6 @@ from experts.group import ExpertGroup, ServedModel
 from router.service import Router
 
 APP_NAME = "expertmesh"
-# A replica that dies is noticed within a second or so; Serve's default is ten.
-_HEALTH = {"health_check_period_s": 1, "health_check_timeout_s": 5}
 
 
 def build(args: dict[str, object]) -> Application:
@@ -32,9 +30,9 @@ def build(args: dict[str, object]) -> Application:
         num_groups=model.num_groups, lease_s=config.experts.lease_s
     )
     groups = [_expert_group(controller, model, config, group) for group in range(model.num_groups)]
-    router = _deployment(
-        Router, "router", num_replicas=config.router.replicas, num_cpus=config.router.num_cpus
-    ).bind(controller, model, config.router)
+    router = _deployment(Router, "router", num_replicas=config.router.replicas, num_cpus=config.router.num_cpus).bind(
+        controller, model, config.router
+    )
     attention = _deployment(
         Attention,
         "attention",
@@ -67,14 +65,16 @@ def serve_config(resolved: Resolved, runtime_dir: str) -> ServeDeploySchema:
     """The declarative form of the application, as `serve deploy` and RayService take it."""
     config = resolved.config
     pinned = config.model.model_copy(
-        update={"checkpoint": str(resolved.checkpoint.path), "served_name": resolved.served_name, "dtype": resolved.dtype}
+        update={
+            "checkpoint": str(resolved.checkpoint.path),
+            "served_name": resolved.served_name,
+            "dtype": resolved.dtype,
+        }
     )
     args = {"config": config.model_copy(update={"model": pinned}).model_dump(), "runtime_dir": runtime_dir}
     return ServeDeploySchema.model_validate(
         {
-            "applications": [
-                {"name": APP_NAME, "route_prefix": "/", "import_path": "deploy.app:build", "args": args}
-            ],
+            "applications": [{"name": APP_NAME, "route_prefix": "/", "import_path": "deploy.app:build", "args": args}],
             **serve_options(config.gateway),
         }
     )
@@ -121,5 +121,7 @@ def _deployment(
         ray_actor_options=options,
         max_ongoing_requests=max_ongoing_requests,
         graceful_shutdown_timeout_s=5,
-        **_HEALTH,
+        # A replica that dies is noticed within a second or so; Serve's default is ten.
+        health_check_period_s=1,
+        health_check_timeout_s=5,
     )

@@ -1,4 +1,4 @@
-"""The shapes of small random checkpoints: one per routing method and tensor layout, all small but the one to measure."""
+"""The shapes of small random checkpoints: one per routing method and tensor layout, and one to measure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -74,7 +74,9 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:  #
 def _up(args: argparse.Namespace) -> int:
     running = RunningCluster.find()
     if running is not None:
-        raise ConfigError(f"a cluster is running already (pid {running.pid}, {running.http}); `expertmesh down` ends it")
+        raise ConfigError(
+            f"a cluster is running already (pid {running.pid}, {running.http}); `expertmesh down` ends it"
+        )
     config = load(args.config)
     embedded = embedded_checkpoint(_say) if config.model.checkpoint == "embedded" else None
     resolved = resolve(config, embedded=embedded)
@@ -106,7 +108,8 @@ def _detach(args: argparse.Namespace) -> int:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), *sys.path[:0]]))},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), *sys.path[:0]]))},
         )
     deadline_s = time.monotonic() + START_TIMEOUT_S
     said = 0
@@ -145,7 +148,7 @@ def _status(args: argparse.Namespace) -> int:
 
     running = _running()
     try:
-        with urllib.request.urlopen(f"{running.http}/expertmesh/status", timeout=10) as answer:
+        with urllib.request.urlopen(f"{running.http}/expertmesh/status", timeout=10) as answer:  # noqa: S310  (http only)
             status = json.load(answer)
     except (urllib.error.URLError, TimeoutError) as error:
         raise ConfigError(f"the cluster at {running.http} does not answer: {error}") from None

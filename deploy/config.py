@@ -103,8 +103,8 @@ def check_machine(resolved: Resolved) -> None:
     needed, free = memory_needed(resolved), psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
-            f"this deployment needs about {needed / 2**30:.1f} GiB of memory on this machine, and {free / 2**30:.1f} GiB "
-            "are free: use fewer replicas, a smaller attention.kv_cache_mib, or a larger machine"
+            f"this deployment needs about {needed / 2**30:.1f} GiB of memory on this machine, and "
+            f"{free / 2**30:.1f} GiB are free: use fewer replicas, a smaller kv_cache_mib, or a larger machine"
         )
 
 
@@ -142,8 +142,8 @@ def _check_cpu_attention(model: Mapping[str, object]) -> None:
     kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
     if kind != "yarn":
         raise ConfigError(
-            f"this checkpoint's rope_type is {kind or 'default'}, for which vLLM's CPU kernel computes wrong tokens with "
-            "latent attention: use a checkpoint with yarn, or a machine with a CUDA GPU"
+            f"this checkpoint's rope_type is {kind or 'default'}, for which vLLM's CPU kernel computes wrong tokens "
+            "with latent attention: use a checkpoint with yarn, or a machine with a CUDA GPU"
         )
 
 
@@ -176,8 +176,15 @@ def _known_keys(section: tuple[int | str, ...]) -> list[str]:
 
 
 def state_dir() -> Path:
-    """Where checkpoints that we made and the running cluster's file are kept: EXPERTMESH_HOME, or the user's cache."""
+    """Where checkpoints that we made and the running cluster's file are kept.
+
+    EXPERTMESH_HOME; else `.expertmesh` in the source tree that we run from; else a folder in the user's cache.
+    """
     home = os.environ.get("EXPERTMESH_HOME")
+    source = Path(__file__).parents[1]
+    if home:
+        return Path(home).absolute()
+    if (source / "pyproject.toml").exists():
+        return source / ".expertmesh"
     cache = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(home) if home else Path(cache or Path.home() / ".cache") / "expertmesh"
-    return folder.absolute()
+    return (Path(cache) if cache else Path.home() / ".cache") / "expertmesh"

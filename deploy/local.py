@@ -1,6 +1,7 @@
 """A cluster of its own on this machine: a local Ray, Serve on it, the application, and all of it gone at the end."""
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -19,7 +20,7 @@ from experts.errors import ConfigError, ExpertmeshError
 from experts.handshake import write_secret
 
 if TYPE_CHECKING:
-    from ray.serve.schema import ServeStatus
+    from ray.serve.schema import ApplicationStatusOverview
 
 START_TIMEOUT_S = 600.0
 POLL_S = 1.0
@@ -127,11 +128,11 @@ class LocalCluster:
         prepare_ray_environment(self.runtime_dir)
         import ray
         from ray import serve
+        from ray.serve.config import HTTPOptions, gRPCOptions
+        from ray.serve.context import _get_global_client
 
         # Imported here: they need Ray's environment to be set.
         from deploy.app import serve_config, serve_options
-        from ray.serve.config import HTTPOptions, gRPCOptions
-        from ray.serve.context import _get_global_client
 
         self._say("starting Ray")
         ray.init(
@@ -139,7 +140,7 @@ class LocalCluster:
             include_dashboard=False,
             namespace="serve",
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             object_store_memory=128 << 20,
             _temp_dir=str(self.runtime_dir / "ray"),
         )
@@ -221,7 +222,7 @@ def embedded_checkpoint(say: Say) -> Path:
     return folder
 
 
-def _progress(app: "ServeStatus") -> str:
+def _progress(app: "ApplicationStatusOverview") -> str:
     """Deployments that are up, and those that are not."""
     healthy = sorted(name for name, d in app.deployments.items() if d.status == "HEALTHY")
     waiting = sorted(name for name, d in app.deployments.items() if d.status != "HEALTHY")
@@ -230,7 +231,7 @@ def _progress(app: "ServeStatus") -> str:
     return f"{len(healthy)} of {len(app.deployments)} deployments up, waiting for {', '.join(waiting)}"
 
 
-def _why(app: "ServeStatus") -> str:
+def _why(app: "ApplicationStatusOverview") -> str:
     """The last line of what a replica said when it failed: our own errors are one sentence there."""
     for name, deployment in sorted(app.deployments.items()):
         if deployment.status not in ("HEALTHY", "UPDATING") and deployment.message:

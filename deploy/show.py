@@ -16,7 +16,7 @@ from experts.errors import ServingError
 def status_table(status: Mapping[str, object]) -> str:
     """The status as text for a terminal. status: what /expertmesh/status answers."""
     deployments = cast("Mapping[str, Mapping[str, object]]", status.get("deployments", {}))
-    cluster = cast("Mapping[str, object]", status.get("cluster") or {})
+    cluster = cast("Mapping[str, object]", status.get("controller") or {})
     lines = [f"{'deployment':<14}{'status':<12}replicas"]
     for name, deployment in sorted(deployments.items()):
         replicas = cast("Mapping[str, int]", deployment.get("replicas", {}))
@@ -31,9 +31,7 @@ def status_table(status: Mapping[str, object]) -> str:
     return "\n".join([*lines, "", *_members(cast("list[dict[str, object]]", cluster.get("members", [])))])
 
 
-def generate(
-    address: str, prompt: str, *, max_tokens: int, temperature: float, seed: int | None, as_json: bool
-) -> int:
+def generate(address: str, prompt: str, *, max_tokens: int, temperature: float, seed: int | None, as_json: bool) -> int:
     """Streams a continuation of `prompt` to stdout; the exit code. Raises ServingError with the server's sentence."""
     request = pb.GenerateRequest(prompt=prompt, max_tokens=max_tokens, temperature=temperature)
     if seed is not None:

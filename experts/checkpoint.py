@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, read from its config and its safetensors headers: no tensor data, no model library."""
+"""What a checkpoint folder holds, read from its config and its safetensors headers, without any tensor data."""
 
 import hashlib
 import json

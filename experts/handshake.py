@@ -44,7 +44,9 @@ class Identity:
     fingerprint: bytes  # 32 bytes, SHA-256 over the checkpoint's headers
 
     def pack(self) -> bytes:
-        return _IDENTITY.pack(self.role, self.member_id.encode("ascii", "replace")[:32], self.incarnation, self.fingerprint)
+        return _IDENTITY.pack(
+            self.role, self.member_id.encode("ascii", "replace")[:32], self.incarnation, self.fingerprint
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,9 @@ def fresh_incarnation() -> int:
 class ServerSide:
     """The server's half: send `greeting`, feed the hello to `answer`, send what it returns."""
 
-    def __init__(self, secret: bytes, *, fingerprint: bytes, incarnation: int, group: int, roles: frozenset[Role]) -> None:
+    def __init__(
+        self, secret: bytes, *, fingerprint: bytes, incarnation: int, group: int, roles: frozenset[Role]
+    ) -> None:
         self._secret = secret
         self._fingerprint = fingerprint
         self._incarnation = incarnation

@@ -25,7 +25,9 @@ def listen(address: str) -> tuple[socket.socket, str]:
     scheme, _, rest = address.partition(":")
     if scheme == "unix":
         if len(rest.encode()) > MAX_UNIX_PATH_BYTES:
-            raise ConfigError(f"socket path {rest} is longer than {MAX_UNIX_PATH_BYTES} bytes: use a shorter runtime_dir")
+            raise ConfigError(
+                f"socket path {rest} is longer than {MAX_UNIX_PATH_BYTES} bytes: use a shorter runtime_dir"
+            )
         server = socket.socket(socket.AF_UNIX)
         if os.path.exists(rest) and stat.S_ISSOCK(os.stat(rest).st_mode):
             os.unlink(rest)
@@ -235,5 +237,3 @@ def _drop(parts: list[Bytes], sent: int) -> list[Bytes]:
             return [memoryview(part)[sent:] if sent else part, *parts[index + 1 :]]
         sent -= size
     return []
-
-

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from experts.errors import HandshakeError, LinkError
 from experts.handshake import HELLO_BYTES, Identity, Role, ServerSide, Welcome
-from experts.link import Conn, listen, tune
+from experts.link import Bytes, Conn, listen, tune
 from experts.wire import Header, Limits
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class DataPlaneLoop(threading.Thread):
         self._epoll.register(conn.fileno(), _READ)
         return conn
 
-    def send(self, conn: Conn, header: Header, *parts: memoryview | bytes) -> bool:
+    def send(self, conn: Conn, header: Header, *parts: Bytes) -> bool:
         """Sends or queues a frame. False where the link is gone (on_close has been called then)."""
         try:
             conn.send(header, parts)

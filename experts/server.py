@@ -1,4 +1,4 @@
-"""The data plane of one expert-group replica: rows come in, are joined by layer, computed, and go back as partial sums."""
+"""The data plane of one expert-group replica: rows come in, are joined by layer, and go back as partial sums."""
 
 import logging
 import warnings
@@ -134,6 +134,4 @@ class ExpertServer(DataPlaneLoop):
                 placement_version=asker.placement_version,
                 incarnation=self.incarnation,
             )
-            self.send(asker.conn, header, memoryview(part.numpy()).cast("B"))
-
-
+            self.send(asker.conn, header, part.numpy().data.cast("B"))

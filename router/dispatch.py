@@ -172,7 +172,7 @@ class Dispatcher(Generic[Asker]):
             errand.replica, errand.seq, errand.sent_s = replica, seq, now_s
             self._asked[seq] = errand
             self._rows_at[_key(replica)] += len(x)
-            if self._transport.send_rows(replica, header, (memoryview(x).cast("B"), memoryview(rows.pairs).cast("B"))):
+            if self._transport.send_rows(replica, header, (x.data.cast("B"), rows.pairs.data.cast("B"))):
                 return
             if self._asked.get(seq) is not errand:
                 return  # the send broke the link, and the event of that has sent the rows elsewhere already

@@ -202,7 +202,7 @@ def _split(queue, ids, first, last, top, kind):
 @_compiled
 def _is_open(a, b, top, kind):
     """Whether rounding could decide between two values that differ; -inf marks what is closed, for certain."""
-    if a == b or a == _MINUS_INF or b == _MINUS_INF:
+    if a == b or a == _MINUS_INF or b == _MINUS_INF:  # noqa: SIM109  (numba)
         return False
     return not _is_above(max(a, b), min(a, b), top, kind)
 

@@ -130,7 +130,7 @@ class RouterServer(DataPlaneLoop):
         header = job.header
         y = to_wire(combine(job), header.dtype)
         answer = Header(Kind.ANSWER, dtype=header.dtype, layer=header.layer, num_rows=len(y), seq=header.seq)
-        self.send(job.asker, answer, memoryview(y).cast("B"))
+        self.send(job.asker, answer, y.data.cast("B"))
 
     def _fail(self, conn: Conn, failure: Failure) -> None:
         log.warning("question failed", extra={"link": conn.name, "reason": failure.reason})

@@ -111,7 +111,7 @@ class PlacementWatcher(threading.Thread):
 def make_gate(checkpoint: Checkpoint) -> Gate:
     """The checkpoint's routing as the dispatcher wants it; compiled here, so that no request waits for it."""
     shape = checkpoint.shape
-    biases: dict[int, NDArray[np.float32] | None] = {layer: None for layer in shape.moe_layers}
+    biases: dict[int, NDArray[np.float32] | None] = dict.fromkeys(shape.moe_layers)
     if shape.uses_bias:
         for layer in shape.moe_layers:
             bias = read_bias(checkpoint, layer)

@@ -75,7 +75,7 @@ class FaultyTransport(InProcessTransport):
         self, experts: dict[str, Expert], *, hidden_size: int, seed: int, lost: float = 0.0, doubled: float = 0.0
     ) -> None:
         super().__init__(experts, hidden_size=hidden_size)
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # noqa: S311  (faults, not secrets)
         self._lost = lost
         self._doubled = doubled
 

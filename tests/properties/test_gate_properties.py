@@ -162,7 +162,7 @@ def test_a_token_visits_at_most_topk_group_groups_and_top_k_distinct_experts_in_
     topk_idx = twin_of(frame, shape, bias).topk_idx
     assert topk_idx.shape == (len(frame), shape.top_k)
     for row in topk_idx.tolist():
-        assert row == sorted(set(row)) and 0 <= row[0] and row[-1] < shape.num_experts
+        assert row == sorted(set(row)) and row[0] >= 0 and row[-1] < shape.num_experts
         assert len({expert // shape.experts_per_model_group for expert in row}) <= shape.topk_group
 
 

