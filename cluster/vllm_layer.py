@@ -6,6 +6,7 @@ vLLM keeps the gate, the shared experts, the scaling and the sum; which experts 
 import dataclasses
 import re
 from collections.abc import Generator, Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -32,9 +33,15 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 class RemoteExpertsMethod(FusedMoEMethodBase):
     """Allocates nothing, and computes a layer by asking the router."""
 
-    is_monolithic = True  # the runner hands over the gate's logits, not experts it chose
-    mk_can_overlap_shared_experts = True  # the runner leaves it to us when the shared experts run
     link: EngineLink | None = None  # one for the process, set once the model is loaded
+
+    @property
+    def is_monolithic(self) -> bool:
+        return True  # the runner hands over the gate's logits, not experts it chose
+
+    @property
+    def mk_can_overlap_shared_experts(self) -> bool:
+        return True  # the runner leaves it to us when the shared experts run
 
     def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra):
         layer.expertmesh_width = intermediate_size_per_partition
@@ -75,7 +82,9 @@ class RemoteExpertsLoader(DefaultModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         check_config(vllm_config)
         model = super().load_model(vllm_config, model_config, prefix)
-        link = open_link(vllm_config.additional_config["expertmesh"], model_config.dtype)
+        link = open_link(
+            cast("dict[str, dict[str, object]]", vllm_config.additional_config)["expertmesh"], model_config.dtype
+        )
         check_model(model, link.shape)
         link.client.connect(timeout_s=link.start_timeout_s)
         RemoteExpertsMethod.link = link

@@ -113,9 +113,7 @@ def _deployment(
     max_ongoing_requests: int = 1000,
 ) -> serve.Deployment:
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    # Gateway is a deployment already, since an ASGI ingress must be one.
-    base = cls if isinstance(cls, serve.Deployment) else serve.deployment(cls)
-    return base.options(
+    decorate = serve.deployment(
         name=name,
         num_replicas=num_replicas,
         ray_actor_options=options,
@@ -125,3 +123,4 @@ def _deployment(
         health_check_period_s=1,
         health_check_timeout_s=5,
     )
+    return decorate(cls)

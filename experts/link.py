@@ -49,7 +49,7 @@ def connect(address: str, secret: bytes, identity: Identity, *, timeout_s: float
     deadline = time.monotonic() + timeout_s
     try:
         sock = _connect(address, timeout_s)
-    except OSError as error:
+    except (OSError, ValueError, ConfigError) as error:  # ValueError: a host name that cannot be encoded
         raise LinkError(f"{address}: {error}") from None
     try:
         client = ClientSide(secret, identity)
@@ -121,6 +121,8 @@ class Conn:
         self._limits = limits
         self._reader: FrameReader | None = None
         self._out: list[Bytes] = []
+        self._early = bytearray()  # of a handshake message that is not complete
+        self.moved_s = 0.0  # when something that waited was last taken by the socket
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -145,12 +147,14 @@ class Conn:
         except OSError as error:
             raise LinkError(f"{self.name}: {error}") from None
         self._out = [bytes(part) for part in rest]
+        self.moved_s = time.monotonic()
 
     def flush(self) -> None:
         """Sends what waits, as far as the socket takes it. Raises LinkError."""
         try:
             while self._out:
                 self._out = _drop(self._out, self.sock.sendmsg(self._out[:16]))
+                self.moved_s = time.monotonic()
         except BlockingIOError:
             return
         except OSError as error:
@@ -177,14 +181,16 @@ class Conn:
     def receive_handshake(self, num_bytes: int) -> bytes | None:
         """Exactly `num_bytes` before any frame, or None while they are not all there. Raises LinkError."""
         try:
-            peeked = self.sock.recv(num_bytes, socket.MSG_PEEK)
-            if not peeked:
-                raise LinkError(f"{self.name}: closed in the handshake")
-            return self.sock.recv(num_bytes) if len(peeked) == num_bytes else None
+            # Taken at once: bytes left in the socket would wake the loop again and again.
+            piece = self.sock.recv(num_bytes - len(self._early))
         except BlockingIOError:
             return None
         except OSError as error:
             raise LinkError(f"{self.name}: {error}") from None
+        if not piece:
+            raise LinkError(f"{self.name}: closed in the handshake")
+        self._early += piece
+        return bytes(self._early) if len(self._early) == num_bytes else None
 
     def close(self) -> None:
         self.sock.close()
@@ -225,8 +231,11 @@ def _receive_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> by
 
 
 def _left(deadline_s: float) -> float:
-    # A settimeout of 0 would mean non-blocking, so the last moment is a millisecond.
-    return max(deadline_s - time.monotonic(), 0.001)
+    """Seconds until the deadline. Raises TimeoutError after it, so that a peer which drips bytes cannot stretch it."""
+    left = deadline_s - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline has passed")
+    return max(left, 0.001)  # a settimeout of 0 would mean non-blocking
 
 
 def _drop(parts: list[Bytes], sent: int) -> list[Bytes]:

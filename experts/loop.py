@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 2.0
 MAX_PENDING_HANDSHAKES = 64
+STALL_TIMEOUT_S = 15.0  # a peer that has taken nothing of what waits for it for so long is gone
 TICK_S = 0.05
 _READ = select.EPOLLIN | select.EPOLLRDHUP
 _GONE = select.EPOLLHUP | select.EPOLLERR
@@ -51,6 +52,7 @@ class DataPlaneLoop(threading.Thread):
         self._listener, self.address = listen(address)
         self._epoll = select.epoll()
         self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)  # a loop that is stuck must not hang those who post to it
         self._wakee.setblocking(False)
         self._posted: deque[Callable[[], None]] = deque()
         self._conns: dict[int, Conn] = {}
@@ -87,7 +89,7 @@ class DataPlaneLoop(threading.Thread):
         try:
             self._waker.send(b"\0")
         except OSError:
-            pass  # the loop has stopped
+            pass  # the loop has stopped, or has a wake-up waiting
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Closes every link and ends the thread."""
@@ -137,6 +139,12 @@ class DataPlaneLoop(threading.Thread):
     # The loop.
 
     def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            self._shut()  # also after an error: peers see a reset at once and not a silence
+
+    def _run(self) -> None:
         next_tick_s = time.monotonic() + TICK_S
         while not self._stopping:
             events = self._epoll.poll(max(next_tick_s - time.monotonic(), 0))
@@ -147,10 +155,9 @@ class DataPlaneLoop(threading.Thread):
             self.on_pass()
             self._beat_s = now_s = time.monotonic()
             if now_s >= next_tick_s:
-                self._expire_handshakes(now_s)
+                self._expire(now_s)
                 self.on_tick(now_s)
                 next_tick_s = now_s + TICK_S
-        self._shut()
 
     def _handle(self, fd: int, event: int) -> None:
         if fd == self._listener.fileno():
@@ -183,10 +190,13 @@ class DataPlaneLoop(threading.Thread):
         except OSError:
             return
         if len(self._shaking) >= MAX_PENDING_HANDSHAKES:
-            self.refused["pending"] += 1
+            # The oldest goes: an honest peer proves itself in a moment, those who only hold a place do not.
+            self._refuse(self._conns[next(iter(self._shaking))], "pending", "too many links without a proof")
+        try:
+            tune(sock)
+        except OSError:  # reset already
             sock.close()
             return
-        tune(sock)
         conn = Conn(sock, self.limits, name=f"{self.name} from {sock.fileno()}")
         handshake = self._server_side()
         self._conns[conn.fileno()] = conn
@@ -215,10 +225,13 @@ class DataPlaneLoop(threading.Thread):
             log.warning("link refused", extra={"link": conn.name, "reason": reason})
         self.drop(conn, reason)
 
-    def _expire_handshakes(self, now_s: float) -> None:
+    def _expire(self, now_s: float) -> None:
         for fd, (_, deadline_s) in list(self._shaking.items()):
             if now_s > deadline_s:
                 self._refuse(self._conns[fd], "handshake", "no proof in time")
+        for conn in [self._conns[fd] for fd in self._writing]:
+            if now_s - conn.moved_s > STALL_TIMEOUT_S:
+                self._refuse(conn, "stalled", "does not take what it is sent")
 
     def _watch_writes(self, conn: Conn) -> None:
         fd = conn.fileno()

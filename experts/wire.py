@@ -120,9 +120,11 @@ def encode(header: Header, limits: Limits) -> bytes:
 def decode(buffer: bytes | bytearray | memoryview, limits: Limits, offset: int = 0) -> tuple[Header, int]:
     """A header and the length of its payload in bytes.
 
-    buffer: at least HEADER_BYTES from `offset`.
+    buffer: HEADER_BYTES from `offset`.
     Raises FrameError for anything but a well-formed header within `limits`.
     """
+    if len(buffer) - offset < HEADER_BYTES:
+        raise FrameError(f"{len(buffer) - offset} bytes are not a header")
     (
         magic,
         version,
