@@ -34,6 +34,7 @@ class EngineLinkOptions:
 class EngineLink:
     client: RouterClient
     shape: MoEShape
+    max_rows: int  # tokens of one step at most
     start_timeout_s: float
 
 
@@ -59,4 +60,4 @@ def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
         CURRENT,
         step_timeout_s=given.step_timeout_s,
     )
-    return EngineLink(client=client, shape=shape, start_timeout_s=given.start_timeout_s)
+    return EngineLink(client=client, shape=shape, max_rows=given.max_rows, start_timeout_s=given.start_timeout_s)

@@ -77,7 +77,6 @@ class RouterClient:
             layer=layer,
             num_rows=x.shape[0],
             num_extra=logits.shape[1],
-            budget_ms=max(int((deadline_s - time.monotonic()) * 900), 1),  # the router gives up first, and says why
             scale=scale,
             seq=self._seq,
         )
@@ -113,6 +112,7 @@ class RouterClient:
                 last_error = str(error)
                 self._lose_link()
                 time.sleep(RECONNECT_S)
+        self._lose_link()  # the next question must not meet this one, which may still be open at the router
         self._step.poison(f"the router did not answer within {self._step_timeout_s:g} s ({last_error}); try again")
         return None
 
@@ -139,7 +139,9 @@ class RouterClient:
         if self._link is None:
             raise LinkError("no link")
         assert self._asked is not None
-        self._link.send(self._asked.header, (self._asked.x, self._asked.logits), deadline_s=deadline_s)
+        # The router gives up first, and says why.
+        header = self._asked.header._replace(budget_ms=max(int((deadline_s - time.monotonic()) * 900), 1))
+        self._link.send(header, (self._asked.x, self._asked.logits), deadline_s=deadline_s)
 
     def _lose_link(self) -> None:
         if self._link is not None:

@@ -86,6 +86,7 @@ class RemoteExpertsLoader(DefaultModelLoader):
             cast("dict[str, dict[str, object]]", vllm_config.additional_config)["expertmesh"], model_config.dtype
         )
         check_model(model, link.shape)
+        limit_steps(vllm_config, link.max_rows)
         link.client.connect(timeout_s=link.start_timeout_s)
         RemoteExpertsMethod.link = link
         return model
@@ -132,6 +133,20 @@ def check_config(vllm_config: VllmConfig) -> None:
             raise RuntimeError(f"expertmesh does not support {what} in an attention engine yet")
 
 
+def limit_steps(vllm_config: VllmConfig, max_rows: int) -> None:
+    """Holds every step within what a frame may carry; the scheduler, made after the model, obeys it.
+
+    vLLM raises max_num_batched_tokens by itself for latent attention on a CPU, so asking for less is not enough.
+    """
+    scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    if max_rows < max_model_len and not scheduler.enable_chunked_prefill:
+        # Such a prompt would never be scheduled, and wait for ever.
+        raise RuntimeError(f"{max_rows=} must be at least {max_model_len=}: a whole prompt is computed in one step")
+    scheduler.max_num_scheduled_tokens = min(
+        max_rows, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    )
+
+
 def check_model(model: nn.Module, shape: MoEShape) -> None:
     """Raises RuntimeError unless exactly the MoE layers of the checkpoint are remote, and route as our router will."""
     runners = [module for module in model.modules() if isinstance(module, MoERunner)]
@@ -145,7 +160,9 @@ def check_model(model: nn.Module, shape: MoEShape) -> None:
 def _check_layer(runner: MoERunner, shape: MoEShape) -> None:
     layer = runner.routed_experts
     name = runner.layer_name
-    if type(layer.quant_method) is not RemoteExpertsMethod or any(True for _ in layer.parameters()):
+    # The selection bias of the gate hangs on this layer, too; it is small, and the gate's own.
+    held = [parameter for parameter in layer.parameters() if parameter is not layer.e_score_correction_bias]
+    if type(layer.quant_method) is not RemoteExpertsMethod or held:
         raise RuntimeError(f"{name}: {type(layer).__name__} still holds routed experts")
     if type(layer).__mro__[1] is not RoutedExperts:
         raise RuntimeError(f"{name}: {type(layer).__name__} is a variant of the routed experts that is not supported")

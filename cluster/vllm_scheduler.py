@@ -12,9 +12,15 @@ from cluster.step import CURRENT
 class PoisonAwareScheduler(Scheduler):
     """Given to vLLM as `scheduler_cls`; the worker must live in the same process (executor `uni`)."""
 
+    _step_blocks: frozenset[int] = frozenset()  # KV blocks of the step's requests; only kept for a prefix cache
+
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         CURRENT.begin()
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        if self.kv_cache_manager.enable_caching:
+            # Noted now: a request that is aborted during the step has lost its blocks when the step ends.
+            self._step_blocks = self._blocks_of(output)
+        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -29,11 +35,10 @@ class PoisonAwareScheduler(Scheduler):
 
     def _end(self, scheduler_output: SchedulerOutput, reason: str) -> list[tuple[int, EngineCoreOutput]]:
         request_ids = [r for r in scheduler_output.num_scheduled_tokens if r in self.requests]
-        blocks = {block for r in request_ids for group in self.kv_cache_manager.get_block_ids(r) for block in group}
         ended = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
         if self.kv_cache_manager.enable_caching:
             # Their KV was computed from zeros: a prefix cache must never find it again.
-            self.kv_cache_manager.evict_blocks(blocks)
+            self.kv_cache_manager.evict_blocks(set(self._step_blocks))
         return [
             (
                 request.client_index,
@@ -48,3 +53,7 @@ class PoisonAwareScheduler(Scheduler):
             )
             for request in ended
         ]
+
+    def _blocks_of(self, output: SchedulerOutput) -> frozenset[int]:
+        of_request = map(self.kv_cache_manager.get_block_ids, output.num_scheduled_tokens)
+        return frozenset(block for groups in of_request for group in groups for block in group)

@@ -135,6 +135,7 @@ class LocalCluster:
         from deploy.app import serve_config, serve_options
 
         self._say("starting Ray")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         ray.init(
             num_cpus=max(os.cpu_count() or 1, 4),  # bookkeeping only: replicas book a tenth each
             include_dashboard=False,
@@ -144,6 +145,10 @@ class LocalCluster:
             object_store_memory=128 << 20,
             _temp_dir=str(self.runtime_dir / "ray"),
         )
+        if _in_main_thread():
+            # Ray's own handler of SIGTERM ends the process on the spot, and would leave everything else running.
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         self._say("starting Serve")
         options = serve_options(self._resolved.config.gateway)
         serve.start(

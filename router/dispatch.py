@@ -49,13 +49,15 @@ class Job(Generic[Asker]):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Errand(Generic[Asker]):
-    """The rows of one job at one expert group, and the replica that is asked."""
+    """The rows of one job at one expert group, and the replicas that are asked: another one after each silence.
+
+    Whoever answers first is believed, since every copy computes the same bits.
+    """
 
     job: Job[Asker]
     rows: GroupRows
-    replica: Replica | None = None  # None: no copy is alive, parked until one is
-    sent_s: float = 0.0
-    seq: int = 0
+    asked: dict[int, Replica] = field(default_factory=dict)  # by seq: who owes an answer
+    asked_s: float = 0.0  # when the last one was asked, or when none was found
     refused_by: set[tuple[str, int]] = field(default_factory=set)  # (member id, incarnation) that answered NACK
     partial: NDArray[np.float32] | None = None  # [num_rows, hidden_size]
 
@@ -73,6 +75,7 @@ class Dispatcher(Generic[Asker]):
         self.placement = Placement(version=0, num_groups=num_groups)
         self._jobs: dict[Asker, Job[Asker]] = {}
         self._asked: dict[int, Errand[Asker]] = {}  # by seq
+        self._silent: set[tuple[str, int]] = set()  # (member id, incarnation) that has let a dispatch_timeout_s pass
         self._parked: list[Errand[Asker]] = []
         self._rows_at: Counter[tuple[str, int]] = Counter()  # rows in flight by (member id, incarnation)
         self._last_seq = 0
@@ -86,7 +89,10 @@ class Dispatcher(Generic[Asker]):
         """Routes, plans and sends. x and logits must stay as they are until the answer. Raises FrameError."""
         if asker in self._jobs:
             raise FrameError("a second question before the first was answered")
-        topk_idx, topk_weights = self._gate(header.layer, logits, header.logits_dtype, header.scale)
+        try:
+            topk_idx, topk_weights = self._gate(header.layer, logits, header.logits_dtype, header.scale)
+        except ValueError as error:  # such as a factor on a path that has none: the asker's fault, and its link's end
+            raise FrameError(f"the gate refuses the question: {error}") from None
         plan = make_plan(topk_idx, topk_weights, num_experts=self._num_experts, num_groups=self.placement.num_groups)
         job = Job(asker=asker, header=header, x=x, deadline_s=now_s + header.budget_ms / 1000, waiting=len(plan))
         job.errands = [Errand(job=job, rows=rows) for rows in plan]
@@ -112,28 +118,32 @@ class Dispatcher(Generic[Asker]):
         if errand is not None:
             self.counts["nacks"] += 1
             errand.refused_by.add(_key(replica))
-            self._settle(errand)
+            self._forget(header.seq)
             self._send(errand, now_s)
 
     def on_replica_down(self, replica: Replica, *, now_s: float) -> None:
         """Its link broke: its rows go to another copy at once."""
-        lost = [errand for errand in self._asked.values() if errand.replica == replica]
-        for errand in lost:
-            self.counts["reroutes"] += 1
-            self._settle(errand)
-            self._send(errand, now_s)
+        for seq in [seq for seq, errand in self._asked.items() if errand.asked[seq] == replica]:
+            errand = self._forget(seq)
+            if errand is not None:
+                self.counts["reroutes"] += 1
+                self._send(errand, now_s)
         self._rows_at.pop(_key(replica), None)
+        self._silent.discard(_key(replica))
 
     def on_replica_up(self, *, now_s: float) -> None:
         """A link to a replica is there: rows that found no copy are tried again."""
         parked, self._parked = self._parked, []
         for errand in parked:
+            errand.refused_by.clear()
             self._send(errand, now_s)
 
     def on_placement(self, placement: Placement, *, now_s: float) -> None:
         """A newer snapshot; an older one is ignored."""
         if placement.version > self.placement.version:
             self.placement = placement
+            for errand in self._asked.values():
+                errand.refused_by.clear()  # who refused by the old snapshot may hold by the new one
             self.on_replica_up(now_s=now_s)
 
     def on_asker_gone(self, asker: Asker) -> None:
@@ -144,17 +154,22 @@ class Dispatcher(Generic[Asker]):
 
     def on_tick(self, now_s: float) -> list[tuple[Asker, Failure]]:
         """What has to end because of the time; called every few hundredths of a second."""
-        for errand in [e for e in self._asked.values() if now_s - e.sent_s > self._dispatch_timeout_s]:
-            self._retry_elsewhere(errand, now_s)
+        silent = [e for e in self._asked.values() if now_s - e.asked_s > self._dispatch_timeout_s]
+        for errand in dict.fromkeys(silent):  # once each, however many copies it waits for
+            self._ask_another(errand, now_s)
+        if any(now_s - errand.asked_s > self._dispatch_timeout_s for errand in self._parked):
+            self.on_replica_up(now_s=now_s)  # those who refused may have learned better without any event here
         late = [job for job in self._jobs.values() if now_s > job.deadline_s]
         return [(job.asker, self._give_up(job)) for job in late]
 
     # What follows from them.
 
     def _send(self, errand: Errand[Asker], now_s: float) -> None:
+        """Asks the best copy that owes nothing for this errand; parks the rows where nobody is left to wait for."""
         rows, job = errand.rows, errand.job
         # A gather copies; a group that every token visits gets the step's own buffer.
         x = job.x if len(rows.tokens) == len(job.x) else job.x[rows.tokens]
+        errand.asked_s = now_s
         for replica in self._copies(errand):
             self._last_seq += 1
             seq = self._last_seq
@@ -169,52 +184,53 @@ class Dispatcher(Generic[Asker]):
                 incarnation=replica.incarnation,
             )
             # Registered before it is sent: a transport that computes in place may answer within the call.
-            errand.replica, errand.seq, errand.sent_s = replica, seq, now_s
+            errand.asked[seq] = replica
             self._asked[seq] = errand
             self._rows_at[_key(replica)] += len(x)
-            if self._transport.send_rows(replica, header, (x.data.cast("B"), rows.pairs.data.cast("B"))):
+            if self._transport.send_rows(replica, header, (memoryview(x).cast("B"), memoryview(rows.pairs).cast("B"))):
                 return
-            if self._asked.get(seq) is not errand:
+            if self._forget(seq) is None:
                 return  # the send broke the link, and the event of that has sent the rows elsewhere already
-            self._settle(errand)
-        self._parked.append(errand)
+        if not errand.asked:
+            self._parked.append(errand)
 
     def _copies(self, errand: Errand[Asker]) -> list[Replica]:
-        """Live copies of the errand's group, least loaded first."""
-        copies = [r for r in self.placement.of_group(errand.rows.group) if _key(r) not in errand.refused_by]
-        return sorted(copies, key=lambda replica: self._rows_at[_key(replica)])
+        """Copies of the errand's group that may be asked: those that answer first, then the least loaded."""
+        passed_over = errand.refused_by.union(map(_key, errand.asked.values()))
+        copies = [r for r in self.placement.of_group(errand.rows.group) if _key(r) not in passed_over]
+        return sorted(copies, key=lambda replica: (_key(replica) in self._silent, self._rows_at[_key(replica)]))
 
-    def _retry_elsewhere(self, errand: Errand[Asker], now_s: float) -> None:
-        """Asks another copy after a silence; the only copy is waited for until the job's deadline."""
-        silent = errand.replica
-        others = [replica for replica in self._copies(errand) if replica != silent]
-        if not others or silent is None:
-            return
-        self.counts["timeouts"] += 1
-        errand.refused_by.add(_key(silent))
-        self._settle(errand)
+    def _ask_another(self, errand: Errand[Asker], now_s: float) -> None:
+        """Asks another copy after a silence; where there is none, those asked are waited for until the deadline."""
+        self._silent.update(map(_key, errand.asked.values()))
+        before = len(errand.asked)
         self._send(errand, now_s)
+        self.counts["timeouts"] += len(errand.asked) > before
 
     def _errand_of(self, replica: Replica, header: Header) -> Errand[Asker] | None:
-        """The errand that an answer belongs to; None for one that was answered elsewhere, or given up."""
+        """The errand that an answer belongs to; None for one that was answered by another copy, or given up."""
+        self._silent.discard(_key(replica))
         errand = self._asked.get(header.seq)
-        if errand is None or errand.replica != replica or header.incarnation != replica.incarnation:
+        if errand is None or errand.asked[header.seq] != replica or header.incarnation != replica.incarnation:
             self.counts["late_answers"] += 1
             return None
         return errand
 
+    def _forget(self, seq: int) -> Errand[Asker] | None:
+        """Nobody owes an answer to `seq` any more. Its errand, or None where that was so already."""
+        errand = self._asked.pop(seq, None)
+        if errand is not None:
+            self._rows_at[_key(errand.asked.pop(seq))] -= len(errand.rows.tokens)
+        return errand
+
     def _settle(self, errand: Errand[Asker]) -> None:
-        """The errand's replica owes it nothing any more."""
-        assert errand.replica is not None
-        del self._asked[errand.seq]
-        self._rows_at[_key(errand.replica)] -= len(errand.rows.tokens)
-        errand.replica = None
+        for seq in list(errand.asked):
+            self._forget(seq)
 
     def _finish(self, job: Job[Asker]) -> Job[Asker]:
         del self._jobs[job.asker]
         for errand in job.errands:
-            if errand.replica is not None:
-                self._settle(errand)
+            self._settle(errand)
         if self._parked:
             self._parked = [errand for errand in self._parked if errand.job is not job]
         return job

@@ -1,0 +1,104 @@
+"""A cluster that the command line started, as a user would start it, and what tests do with it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psutil
+
+from cluster.proto.expertmesh.v1 import inference_pb2 as pb
+from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
+
+START_TIMEOUT_S = 420
+STOP_TIMEOUT_S = 90
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What a test may do with the running cluster."""
+
+    home: Path
+    http: str
+    grpc: str
+    printed: str  # what `up` said to try
+    owner_pid: int
+
+    def run(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """The `expertmesh` command on this cluster."""
+        return expertmesh(self.home, *arguments, timeout_s=timeout_s)
+
+    def status(self) -> dict:
+        with urllib.request.urlopen(f"{self.http}/expertmesh/status", timeout=10) as answer:
+            return json.load(answer)
+
+    def members(self, kind: str) -> list[dict]:
+        return [member for member in self.status()["controller"]["members"] if member["kind"] == kind]
+
+    def engine_pids(self) -> set[int]:
+        """Processes of the attention engines: the children of the attention replicas."""
+        replicas = [psutil.Process(member["pid"]) for member in self.members("attention")]
+        return {c.pid for replica in replicas for c in replica.children(recursive=True) if "EngineCore" in c.name()}
+
+    def generate(self, ids: list[int], num_tokens: int, *, timeout_s: float = 120) -> list[int]:
+        """Greedy tokens over gRPC. Raises grpc.RpcError."""
+        request = pb.GenerateRequest(
+            prompt_token_ids=pb.TokenIds(ids=ids), max_tokens=num_tokens, temperature=0, ignore_eos=True
+        )
+        with grpc.insecure_channel(self.grpc) as channel:
+            return list(pb_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s).token_ids)
+
+    def wait_for(self, kind: str, count: int, *, without: int, timeout_s: float = 60) -> None:
+        """Until `count` members of a kind are alive, none of them with the pid `without`."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            pids = [member["pid"] for member in self.members(kind)]
+            if len(pids) == count and without not in pids:
+                return
+            time.sleep(0.3)
+        raise AssertionError(
+            f"no {count} {kind} members without pid {without} after {timeout_s} s: {self.members(kind)}"
+        )
+
+
+def expertmesh(home: Path, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"EXPERTMESH_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_ready(home: Path, owner: subprocess.Popen) -> dict:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if owner.poll() is not None:
+            raise AssertionError(f"`expertmesh up` ended with {owner.returncode}:\n{(home / 'up.log').read_text()}")
+        if (home / "cluster.json").exists():
+            return json.loads((home / "cluster.json").read_text())
+        time.sleep(0.5)
+    raise AssertionError(f"not ready after {START_TIMEOUT_S} s:\n{(home / 'up.log').read_text()}")
+
+
+def alive(pid: int) -> str | None:
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{pid} {process.name()}"
+    except psutil.NoSuchProcess:
+        return None
