@@ -3,25 +3,24 @@
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import pytest
-from engine_runs import VOCABULARY, EngineProcess, Kind, Outcome, make_prompts, plain_arguments
+from engine_runs import (
+    MAX_TOKENS,
+    PROMPTS,
+    VOCABULARY,
+    Checkpoints,
+    EngineProcess,
+    Kind,
+    Outcome,
+    Reference,
+    plain_arguments,
+)
 
 from deploy.make_checkpoint import make_checkpoint
 
-PROMPTS = make_prompts(8)
-MAX_TOKENS = 16
 # Shards of this size: some hold experts only, some both.
 _FIELDS: Mapping[str, object] = {"vocab_size": VOCABULARY, "num_hidden_layers": 3, "max_shard_size": "2MB"}
-
-
-class Checkpoints(Protocol):
-    def __call__(self, preset: str) -> Path: ...
-
-
-class Reference(Protocol):
-    def __call__(self, preset: str, dtype: str = "float32") -> list[Outcome]: ...
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 from cluster.attention import engine_arguments, plain_engine_arguments
 from cluster.config import AttentionConfig
@@ -105,7 +105,12 @@ class EngineProcess:
 
     def generate(self, prompts: Prompts, *, max_tokens: int) -> list[Outcome]:
         """Greedy continuations of a batch of prompts."""
-        return [Outcome(**found) for found in self.do("generate", prompts=prompts, max_tokens=max_tokens)]
+        self.tell("generate", prompts=prompts, max_tokens=max_tokens)
+        return self.generated()
+
+    def generated(self) -> list[Outcome]:
+        """The result of a `generate` that was told."""
+        return [Outcome(**found) for found in self.answer()]
 
     def add(self, request_id: str, prompt: Sequence[int], *, max_tokens: int) -> None:
         self.do("add", request_id=request_id, prompt=prompt, max_tokens=max_tokens)
@@ -161,3 +166,21 @@ def remote_arguments(
     config = AttentionConfig(kv_cache_mib=_KV_CACHE_MIB, step_timeout_s=STEP_TIMEOUT_S, start_timeout_s=start_timeout_s)
     arguments = engine_arguments(model, config, max_model_len=max_model_len, member_id=member_id)
     return arguments | _ENGINE | changes
+
+
+# What the fixtures in tests/engine/conftest.py are.
+
+PROMPTS = make_prompts(8)
+MAX_TOKENS = 16
+
+
+class Checkpoints(Protocol):
+    """The folder of a preset's checkpoint."""
+
+    def __call__(self, preset: str) -> Path: ...
+
+
+class Reference(Protocol):
+    """What an unmodified engine answers to PROMPTS with MAX_TOKENS each."""
+
+    def __call__(self, preset: str, dtype: str = "float32") -> list[Outcome]: ...

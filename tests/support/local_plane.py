@@ -156,7 +156,7 @@ class PlaneProcess:
         self._process.wait(30)
 
     def do(self, command: str) -> str:
-        """start_router, stop_router, start_group G, stop_group G, forget_group G, hang_group G, counts."""
+        """start_router, stop_router, start_group G, stop_group G, forget_group G, hang_group G S, hang_router S, counts."""
         assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
@@ -185,6 +185,10 @@ def _serve(plane: LocalPlane, verb: str, arguments: list[int]) -> str:
         case "hang_group":  # the thread sleeps, the socket stays
             seconds = arguments[1]
             plane.groups[of_group[arguments[0]]].post(lambda: time.sleep(seconds))
+        case "hang_router":
+            assert plane.router is not None
+            seconds = arguments[0]
+            plane.router.post(lambda: time.sleep(seconds))
         case "counts":
             assert plane.router is not None
             return json.dumps(plane.router.dispatcher.counts)
