@@ -13,6 +13,7 @@ from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
 from experts.errors import GroupUnavailable
 from experts.group import ServedModel
 from experts.handshake import fresh_incarnation
+from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
 from experts.placement import Member
 
@@ -29,6 +30,7 @@ class Attention:
     def __init__(
         self, controller: DeploymentHandle, model: ServedModel, config: AttentionConfig, max_model_len: int
     ) -> None:
+        set_up_logs()
         prepare_environment(threads=config.threads)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -1,7 +1,6 @@
 """What we rely on inside vLLM, checked by name before anything of it is replaced (DESIGN.md section 8, item 7)."""
 
 import inspect
-from collections.abc import Callable
 
 SUPPORTED_VERSIONS = ("0.32.0",)
 
@@ -13,62 +12,62 @@ def check_vllm() -> None:
     version = vllm.__version__.partition("+")[0]
     if version not in SUPPORTED_VERSIONS:
         raise RuntimeError(f"vLLM {version} is not supported by expertmesh; install {' or '.join(SUPPORTED_VERSIONS)}")
-    for name, function, parameters in _expected_signatures():
-        found = tuple(inspect.signature(function).parameters)
-        if found[: len(parameters)] != parameters:
-            raise RuntimeError(
-                f"vLLM {version}: {name}{found} is not the known {name}{parameters}; expertmesh refuses to patch it"
-            )
-    _check_members(version)
+    try:
+        for owner, name, parameters in _expected_signatures():
+            _check_signature(version, owner, name, parameters)
+        _check_members(version)
+    except ImportError as error:
+        raise RuntimeError(f"vLLM {version}: {error}; expertmesh refuses to patch it") from None
 
 
-def _expected_signatures() -> list[tuple[str, Callable[..., object], tuple[str, ...]]]:
+def _check_signature(version: str, owner: type, name: str, parameters: tuple[str, ...]) -> None:
+    function = getattr(owner, name, None)
+    found = inspect.signature(function).parameters if callable(function) else {}
+    # A new parameter at the end does no harm as long as nobody has to give it.
+    added = list(found.values())[len(parameters) :]
+    demanded = [p for p in added if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if tuple(found)[: len(parameters)] != parameters or demanded:
+        raise RuntimeError(
+            f"vLLM {version}: {owner.__name__}.{name} has the parameters {tuple(found)}, "
+            f"and the known one has {parameters}; expertmesh refuses to patch it"
+        )
+
+
+def _expected_signatures() -> list[tuple[type, str, tuple[str, ...]]]:
+    """Owner, name of the method, its first parameters."""
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase as Method
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader as Loader
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
 
     weights = ("self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype")
     return [
-        (
-            "RoutedExperts._get_quant_method",
-            RoutedExperts._get_quant_method,
-            ("self", "prefix", "quant_config", "moe_config"),
-        ),
-        ("RoutedExperts.load_weights", RoutedExperts.load_weights, ("self", "weights")),
-        (
-            "RoutedExperts.forward_monolithic",
-            RoutedExperts.forward_monolithic,
-            ("self", "x", "router_logits", "input_ids"),
-        ),
-        ("FusedMoEMethodBase.__init__", Method.__init__, ("self", "moe")),
-        ("FusedMoEMethodBase.create_weights", Method.create_weights, weights),
-        (
-            "FusedMoEMethodBase.apply_monolithic",
-            Method.apply_monolithic,
-            ("self", "layer", "x", "router_logits", "input_ids"),
-        ),
-        ("FusedMoEMethodBase.get_fused_moe_quant_config", Method.get_fused_moe_quant_config, ("self", "layer")),
-        ("SharedExperts.forward", SharedExperts.forward, ("self", "shared_experts_input", "order")),
-        ("DefaultModelLoader._init_ep_weight_filter", Loader._init_ep_weight_filter, ("self", "model_config")),
-        ("DefaultModelLoader.get_all_weights", Loader.get_all_weights, ("self", "model_config", "model")),
-        ("BaseModelLoader.load_model", BaseModelLoader.load_model, ("self", "vllm_config", "model_config", "prefix")),
-        ("Scheduler.schedule", Scheduler.schedule, ("self",)),
-        (
-            "Scheduler.update_from_output",
-            Scheduler.update_from_output,
-            ("self", "scheduler_output", "model_runner_output"),
-        ),
-        ("Scheduler.finish_requests", Scheduler.finish_requests, ("self", "request_ids", "finished_status")),
-        ("KVCacheManager.get_block_ids", KVCacheManager.get_block_ids, ("self", "request_id")),
-        ("KVCacheManager.evict_blocks", KVCacheManager.evict_blocks, ("self", "block_ids")),
+        (RoutedExperts, "_get_quant_method", ("self", "prefix", "quant_config", "moe_config")),
+        (RoutedExperts, "load_weights", ("self", "weights")),
+        (RoutedExperts, "forward_monolithic", ("self", "x", "router_logits", "input_ids")),
+        (Method, "__init__", ("self", "moe")),
+        (Method, "create_weights", weights),
+        (Method, "apply_monolithic", ("self", "layer", "x", "router_logits", "input_ids")),
+        (Method, "get_fused_moe_quant_config", ("self", "layer")),
+        (SharedExperts, "forward", ("self", "shared_experts_input", "order")),
+        (Loader, "_init_ep_weight_filter", ("self", "model_config")),
+        (Loader, "get_all_weights", ("self", "model_config", "model")),
+        (Loader, "load_model", ("self", "vllm_config", "model_config", "prefix")),
+        (Scheduler, "schedule", ("self",)),
+        (Scheduler, "update_from_output", ("self", "scheduler_output", "model_runner_output")),
+        (Scheduler, "finish_requests", ("self", "request_ids", "finished_status")),
+        (KVCacheManager, "get_block_ids", ("self", "request_id")),
+        (KVCacheManager, "evict_blocks", ("self", "block_ids")),
+        (Request, "get_finished_reason", ("self",)),
+        (Request, "take_events", ("self",)),
     ]
 
 
 def _check_members(version: str) -> None:
+    from vllm.config import SchedulerConfig
     from vllm.model_executor.custom_op import PluggableLayer
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -77,15 +76,13 @@ def _check_members(version: str) -> None:
 
     expected = {
         "RoutedExperts is a PluggableLayer": issubclass(RoutedExperts, PluggableLayer),
-        "SharedExpertsOrder.MK_INTERNAL_OVERLAPPED": hasattr(SharedExpertsOrder, "MK_INTERNAL_OVERLAPPED"),
-        "FusedMoEMethodBase.is_monolithic is a property": isinstance(
-            inspect.getattr_static(FusedMoEMethodBase, "is_monolithic"), property
-        ),
-        "FusedMoEMethodBase.mk_can_overlap_shared_experts is a property": isinstance(
-            inspect.getattr_static(FusedMoEMethodBase, "mk_can_overlap_shared_experts"), property
-        ),
-        "RequestStatus.FINISHED_ERROR": hasattr(RequestStatus, "FINISHED_ERROR"),
+        "there is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED": hasattr(SharedExpertsOrder, "MK_INTERNAL_OVERLAPPED"),
+        "there is RequestStatus.FINISHED_ERROR": hasattr(RequestStatus, "FINISHED_ERROR"),
+        "there is SchedulerConfig.max_num_scheduled_tokens": hasattr(SchedulerConfig, "max_num_scheduled_tokens"),
     }
+    for name in ("is_monolithic", "mk_can_overlap_shared_experts"):
+        found = inspect.getattr_static(FusedMoEMethodBase, name, None)
+        expected[f"FusedMoEMethodBase.{name} is a property"] = isinstance(found, property)
     for what, holds in expected.items():
         if not holds:
             raise RuntimeError(f"vLLM {version}: it does not hold any more that {what}; expertmesh refuses to patch it")

@@ -32,6 +32,8 @@ class ExpertFFN(Protocol):
     def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
         """x: [num_rows, hidden_size] in the dtype of the weights -> partial sums [num_rows, hidden_size] float32.
 
+        What make_expert_ffn gives takes and returns tensors of the host, wherever the weights are.
+
         Raises ValueError when x or pairs do not fit the weights; KeyError for a layer that is not held.
         """
         ...
@@ -54,7 +56,23 @@ def make_expert_ffn(weights: dict[int, LayerWeights], *, path: Path = "auto") ->
         "kernel": KernelFFN,
         "grouped": GroupedFFN,
     }
-    return paths[chosen](weights)
+    ffn = paths[chosen](weights)
+    on_host = first.w13.device.type == "cpu"
+    return ffn if on_host else OnDevice(ffn, first.w13.device, num_local_experts=first.num_local_experts)
+
+
+class OnDevice:
+    """Another path whose weights are on a GPU, for rows that come from the host and sums that go back there."""
+
+    def __init__(self, ffn: ExpertFFN, device: torch.device, *, num_local_experts: int) -> None:
+        self.ffn = ffn
+        self._device = device
+        self._num_local_experts = num_local_experts
+
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
+        if pairs.num_pairs:
+            pairs.check_experts(self._num_local_experts)  # here, where a look at them waits for no device
+        return self.ffn(layer, x.to(self._device), pairs.to(self._device)).cpu()
 
 
 def expert_ffn_loop(x: Tensor, weights: LayerWeights, pairs: Pairs) -> Tensor:

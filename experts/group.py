@@ -14,6 +14,7 @@ from experts.compute import make_expert_ffn
 from experts.config import ExpertsConfig
 from experts.errors import ConfigError
 from experts.handshake import fresh_incarnation, model_fingerprint, read_secret
+from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
 from experts.placement import Member
 from experts.server import ExpertServer
@@ -57,12 +58,16 @@ class ExpertGroup:
     """One interchangeable copy of an expert group."""
 
     def __init__(self, controller: DeploymentHandle, model: ServedModel, config: ExpertsConfig, group: int) -> None:
+        set_up_logs()
         torch.set_num_threads(config.threads)
         checkpoint = open_checkpoint(model.checkpoint)
         shape = checkpoint.shape
         held = shape.home_experts(group, model.num_groups)
         check_memory(checkpoint, len(held), model.torch_dtype)
         weights = load_group(checkpoint, held, model.torch_dtype, on_progress=_progress(group))
+        if config.num_gpus > 0:
+            for layer in weights:
+                weights[layer] = weights[layer].to(torch.device("cuda"))
         self._member_id, self._node_id, self._pid = own_ids()
         self._group = group
         self._num_held = len(held)

@@ -13,6 +13,7 @@ from experts.wire import FrameReader, Header, Limits, encode
 Bytes = bytes | bytearray | memoryview
 
 MAX_UNIX_PATH_BYTES = 107
+_BACKLOG = 512  # a full one refuses Unix clients at once, even those that would wait
 _SOCKET_BUFFER_BYTES = 4 << 20  # the kernel takes what its own limit allows
 
 
@@ -39,7 +40,7 @@ def listen(address: str) -> tuple[socket.socket, str]:
         address = f"tcp:{host}:{server.getsockname()[1]}"
     else:
         raise ConfigError(f"address {address!r} must begin with unix: or tcp:")
-    server.listen(64)
+    server.listen(_BACKLOG)
     server.setblocking(False)
     return server, address
 

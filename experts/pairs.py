@@ -18,6 +18,9 @@ class Pairs:
     def num_pairs(self) -> int:
         return self.row.shape[0]
 
+    def to(self, device: torch.device) -> "Pairs":
+        return Pairs(row=self.row.to(device), expert=self.expert.to(device), weight=self.weight.to(device))
+
     def check_experts(self, num_local_experts: int) -> None:
         """Raises ValueError for an expert that is not here: a kernel would read memory that is not its own."""
         lowest, highest = (int(bound) for bound in torch.aminmax(self.expert))

@@ -49,6 +49,9 @@ class LayerWeights:
     def size_bytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes
 
+    def to(self, device: torch.device) -> "LayerWeights":
+        return LayerWeights(w13=self.w13.to(device), w2=self.w2.to(device))
+
     def check_input(self, x: Tensor) -> None:
         """Raises ValueError unless x is [any, hidden_size] in the dtype of the weights."""
         if x.ndim != 2 or x.shape[1] != self.hidden_size or x.dtype != self.w13.dtype:

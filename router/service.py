@@ -12,6 +12,7 @@ from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.errors import FrameError
 from experts.group import SILENCE_LIMIT_S, ServedModel
 from experts.handshake import Identity, Role, fresh_incarnation, read_secret
+from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
 from experts.placement import Member, Placement
 from experts.weights import read_bias
@@ -30,6 +31,7 @@ class Router:
     """Routes, dispatches and combines for the attention engines of its node."""
 
     def __init__(self, controller: DeploymentHandle, model: ServedModel, config: RouterConfig) -> None:
+        set_up_logs()
         checkpoint = open_checkpoint(model.checkpoint)
         self._member_id, self._node_id, self._pid = own_ids()
         identity = Identity(

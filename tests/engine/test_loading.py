@@ -72,15 +72,19 @@ def test_an_engine_does_not_start_on_a_router_of_another_dtype(remote: EnginePro
 def test_a_frame_that_does_not_hold_the_longest_prompt_is_refused(
     remote: EngineProcess, checkpoints: Checkpoints
 ) -> None:
-    with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2, max_rows=64) as plane:
-        with pytest.raises(EngineError, match="max_rows=64 must be at least max_model_len=256"):
-            remote.load(remote_arguments(plane.model))
+    with (
+        PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2, max_rows=64) as plane,
+        pytest.raises(EngineError, match="max_rows=64 must be at least max_model_len=256"),
+    ):
+        remote.load(remote_arguments(plane.model))
 
 
 def test_an_engine_with_compilation_is_refused(remote: EngineProcess, checkpoints: Checkpoints) -> None:
-    with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2) as plane:
-        with pytest.raises(EngineError, match="does not support graph capture or compilation .set enforce_eager."):
-            remote.load(remote_arguments(plane.model, enforce_eager=False))
+    with (
+        PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2) as plane,
+        pytest.raises(EngineError, match="does not support graph capture or compilation .set enforce_eager."),
+    ):
+        remote.load(remote_arguments(plane.model, enforce_eager=False))
 
 
 def test_the_plugin_refuses_another_load_format(remote: EngineProcess, checkpoints: Checkpoints) -> None:

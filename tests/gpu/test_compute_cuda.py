@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experts.compute import Pairs, expert_ffn_loop, make_expert_ffn
+from experts.compute import OnDevice, Pairs, expert_ffn_loop, make_expert_ffn
 from experts.compute_cuda import GroupedFFN
 from experts.weights import LayerWeights
 
@@ -32,7 +32,16 @@ def pairs_of(num_rows: int, most: int = 4) -> Pairs:
 
 
 def test_auto_takes_the_grouped_path_on_cuda() -> None:
-    assert isinstance(make_expert_ffn({0: weights_of(64)}), GroupedFFN)
+    ffn = make_expert_ffn({0: weights_of(64)})
+    assert isinstance(ffn, OnDevice)
+    assert isinstance(ffn.ffn, GroupedFFN)
+
+
+def test_rows_of_the_host_come_back_to_the_host() -> None:
+    x, pairs = torch.randn(9, HIDDEN, dtype=torch.bfloat16), pairs_of(9).to(torch.device("cpu"))
+    found = make_expert_ffn({0: weights_of(64)})(0, x, pairs)
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, expert_ffn_loop(x, weights_of(64).to(x.device), pairs), rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("inner", [64, 72])
@@ -42,7 +51,7 @@ def test_the_grouped_path_equals_the_loop(inner: int, num_rows: int) -> None:
     pairs = pairs_of(num_rows)
     expected = expert_ffn_loop(x, weights_of(inner), pairs)
     found = make_expert_ffn({0: weights_of(inner)}, path="grouped")(0, x, pairs)
-    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(found, expected.cpu(), rtol=3e-2, atol=3e-2)
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

@@ -1,6 +1,7 @@
 """A dispatcher with a clock of its own and replicas that compute in place, lose, refuse, break and come back."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import silu
 
 from experts.compute import Pairs, expert_ffn_loop
+from experts.link import Bytes
 from experts.placement import Placement, Replica
 from experts.shape import MoEShape
 from experts.weights import LayerWeights
@@ -141,7 +143,7 @@ class Bench:
 
     # Transport, for the dispatcher.
 
-    def send_rows(self, replica: Replica, header: Header, parts: tuple[memoryview, memoryview]) -> bool:
+    def send_rows(self, replica: Replica, header: Header, parts: Sequence[Bytes]) -> bool:
         if replica in self.breaking and replica in self.live:
             self.breaking.discard(replica)
             self.down(replica)  # as a loop does: the event comes before the send has returned

@@ -156,7 +156,10 @@ class PlaneProcess:
         self._process.wait(30)
 
     def do(self, command: str) -> str:
-        """start_router, stop_router, start_group G, stop_group G, forget_group G, hang_group G S, hang_router S, counts."""
+        """start_router, stop_router, hang_router S, start_group G, stop_group G, forget_group G, hang_group G S, counts.
+
+        G: number of a group; S: seconds.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
