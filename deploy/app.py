@@ -23,7 +23,7 @@ def build(args: dict[str, object]) -> Application:
         checkpoint=str(resolved.checkpoint.path),
         dtype=resolved.dtype,
         num_groups=config.experts.groups,
-        max_rows=resolved.max_rows,
+        max_rows=config.max_rows,
         runtime_dir=str(args["runtime_dir"]),
     )
     controller = _deployment(Controller, "controller", num_cpus=0.1).bind(

@@ -1,6 +1,7 @@
 """The config file of a deployment, and what is refused before anything of it starts."""
 
 import difflib
+import errno
 import os
 import socket
 from collections.abc import Mapping
@@ -17,9 +18,11 @@ from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.config import ExpertsConfig, ModelConfig, Settings
 from experts.errors import ConfigError
 from experts.weights import bytes_needed
+from experts.wire import Limits
 from router.config import RouterConfig
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "laptop.yaml"
+MAX_FRAME_BYTES = 1 << 30  # every link keeps a buffer for the largest message
 CPU_KV_LORA_RANK, CPU_ROPE_HEAD_DIM = 512, 64  # the only shape of vLLM's CPU_MLA backend
 
 
@@ -31,6 +34,11 @@ class DeploymentConfig(Settings):
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
+
+    @property
+    def max_rows(self) -> int:
+        """Tokens of one step at most: without chunked prefill a whole prompt is one step."""
+        return max(self.model.max_model_len, self.attention.max_num_seqs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +52,7 @@ class Resolved:
 
     @property
     def max_rows(self) -> int:
-        """Tokens of one step at most: without chunked prefill a whole prompt is one step."""
-        return max(self.config.model.max_model_len, self.config.attention.max_num_seqs)
+        return self.config.max_rows
 
 
 def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> DeploymentConfig:
@@ -55,16 +62,22 @@ def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> Dep
     """
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the config file {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not YAML: {str(error).replace(chr(10), ' ')}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold sections ({', '.join(DeploymentConfig.model_fields)}), not {content!r}")
+    content = {section: {} if given is None else given for section, given in content.items()}
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
-        content.setdefault(section, {})[key] = value
+        given = content.get(section, {})
+        if not isinstance(given, dict):
+            raise ConfigError(f"{file}: {section} is {given!r}, and must hold keys with their values")
+        content[section] = {**given, key: value}
     try:
         return DeploymentConfig.model_validate(content)
     except ValidationError as error:
@@ -85,7 +98,7 @@ def resolve(config: DeploymentConfig, *, embedded: Path | None) -> Resolved:
     if dtype == "auto":
         dtype = str(checkpoint.dtype).removeprefix("torch.")
     checkpoint.shape.check_num_groups(config.experts.groups)
-    _check_lengths(config, checkpoint.config)
+    _check_lengths(config, checkpoint)
     if not torch.cuda.is_available():
         _check_cpu_attention(checkpoint.config)
     name = config.model.served_name or ("expertmesh-nano" if named == "embedded" else folder.absolute().name)
@@ -100,8 +113,8 @@ def check_machine(resolved: Resolved) -> None:
     if gateway.http_port == gateway.grpc_port:
         raise ConfigError(f"gateway.http_port and gateway.grpc_port are both {gateway.http_port}: they must differ")
     for key, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
-        if _in_use(gateway.http_host, port):
-            raise ConfigError(f"gateway.{key}: port {port} is in use; choose another one, or end what listens there")
+        if (problem := _cannot_bind(gateway.http_host, port)) is not None:
+            raise ConfigError(f"gateway.{key}: port {port} {problem}")
     needed, free = memory_needed(resolved), psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
@@ -123,11 +136,17 @@ def memory_needed(resolved: Resolved) -> int:
     return int(routed * config.experts.replicas + attention + processes * (350 << 20) + (1500 << 20))
 
 
-def _check_lengths(config: DeploymentConfig, model: Mapping[str, object]) -> None:
-    context = model.get("max_position_embeddings")
+def _check_lengths(config: DeploymentConfig, checkpoint: Checkpoint) -> None:
+    context = checkpoint.config.get("max_position_embeddings")
     if isinstance(context, int) and config.model.max_model_len > context:
         raise ConfigError(
             f"model.max_model_len is {config.model.max_model_len}, and the checkpoint's context is {context}: lower it"
+        )
+    frame_bytes = Limits.of(checkpoint.shape, max_rows=config.max_rows).max_payload_bytes
+    if frame_bytes > MAX_FRAME_BYTES:
+        raise ConfigError(
+            f"a step of {config.max_rows} tokens needs {frame_bytes / 2**30:.1f} GiB in one message, and the limit is "
+            f"{MAX_FRAME_BYTES / 2**30:.0f} GiB: lower model.max_model_len"
         )
 
 
@@ -149,14 +168,18 @@ def _check_cpu_attention(model: Mapping[str, object]) -> None:
         )
 
 
-def _in_use(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
+def _cannot_bind(host: str, port: int) -> str | None:
+    """Why nothing could listen there, or None."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "is in use; choose another one, or end what listens there"
+        return f"cannot be used on gateway.http_host {host}: {error.strerror}"
+    return None
 
 
 def _first_problem(error: ValidationError) -> str:

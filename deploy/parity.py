@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 
-from cluster.attention import plain_engine_arguments
 from deploy.config import DEFAULT_CONFIG, DeploymentConfig, Resolved, check_machine, load, memory_needed, resolve
 from deploy.local import LocalCluster, RunningCluster, embedded_checkpoint
 from deploy.parity_show import as_json, table
@@ -23,7 +22,6 @@ from deploy.parity_verdict import Answers, Pass, Reference, judge
 from deploy.reference import Forced, Job, ReferenceProcess, Report
 from experts.checkpoint import open_checkpoint
 from experts.errors import ConfigError
-from experts.group import ServedModel
 
 ALONE, UNDER_LOAD = "alone", "under load"
 
@@ -60,16 +58,16 @@ def run(args: argparse.Namespace) -> int:
     Raises ConfigError where the cluster cannot be compared, ServingError where it or the reference did not answer.
     """
     subject = _subject(args)
-    with ReferenceProcess(
-        _reference_arguments(subject), threads=subject.resolved.config.attention.threads
-    ) as reference:
-        if _fits_beside(subject):
-            reference.start()
+    with ReferenceProcess(threads=subject.resolved.config.attention.threads) as reference:
         with _cluster(subject) as running:
+            beside = _fits_beside(subject.resolved)
+            if beside:
+                reference.start(_reference_arguments(subject))
             answers = _ask(running, subject.question, num_streams=args.load)
-            # Beside the cluster where memory allows, else after it.
-            report = _report(reference, subject, answers) if reference.started or subject.running else None
-        report = report or _report(reference, subject, answers)
+            report = _report(reference, subject, answers) if beside else None
+        if report is None:  # there was no memory for both at a time
+            reference.start(_reference_arguments(subject))
+            report = _report(reference, subject, answers)
     verdict = judge(subject.dtype, _passes(report), _measured(report))
     print(as_json(verdict, running) if args.json else table(verdict, running))
     return 0 if verdict.holds else 1
@@ -185,6 +183,10 @@ def _report(reference: ReferenceProcess, subject: Subject, answers: dict[str, li
 
 
 def _reference_arguments(subject: Subject) -> dict[str, object]:
+    # Imported here: they import Ray, whose environment must be set before that where we start a cluster.
+    from cluster.attention import plain_engine_arguments
+    from experts.group import ServedModel
+
     config = subject.resolved.config
     model = ServedModel(
         checkpoint=str(subject.resolved.checkpoint.path),
@@ -200,12 +202,9 @@ def _reference_arguments(subject: Subject) -> dict[str, object]:
     return arguments | {"max_num_seqs": max(config.attention.max_num_seqs, len(subject.question.prompts))}
 
 
-def _fits_beside(subject: Subject) -> bool:
-    """Whether the reference can be loaded while the cluster is up, by the same estimate as the cluster's own."""
-    resolved = subject.resolved
-    alone = memory_needed(_shrunk(resolved))
-    cluster = 0 if subject.running is not None else memory_needed(resolved)
-    return cluster + alone < psutil.virtual_memory().available
+def _fits_beside(resolved: Resolved) -> bool:
+    """Whether the reference can be loaded now, while the cluster is up."""
+    return memory_needed(_shrunk(resolved)) < psutil.virtual_memory().available
 
 
 def _shrunk(resolved: Resolved) -> Resolved:

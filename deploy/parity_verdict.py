@@ -113,7 +113,12 @@ class Verdict:
 
 
 def judge(dtype: str, passes: tuple[Pass, ...], reference: Reference) -> Verdict:
-    """dtype: float32, bfloat16 or float16. passes: at least one, all on the reference's prompts."""
+    """dtype: float32, bfloat16 or float16. passes: on the reference's prompts.
+
+    Raises ValueError where there are none.
+    """
+    if not passes or not reference.together.tokens:
+        raise ValueError("a verdict needs at least one pass with at least one prompt")
     exact = dtype == "float32"
     if exact:
         differences = [d for each in passes for d in _differences(each, reference.together)]
@@ -153,7 +158,7 @@ def last_place(value: float, dtype: str) -> float:
 
 def _unlike(results: tuple[PassResult, ...], num_prompts: int) -> list[str]:
     return [
-        f"{result.name}: {result.identical_to_together} of {num_prompts} sequences are identical; float32 allows no other"
+        f"{result.name}: {result.identical_to_together} of {num_prompts} sequences are identical; float32 needs all"
         for result in results
         if result.identical_to_together < num_prompts
     ]

@@ -50,11 +50,10 @@ class Report(TypedDict):
 
 
 class ReferenceProcess:
-    """Owns the process, which begins to load with `start`, or with `report` where that was not called."""
+    """Owns the process: `start`, then one `report`."""
 
-    def __init__(self, engine_arguments: Mapping[str, object], *, threads: int) -> None:
-        """engine_arguments: JSON values, keyword arguments of vLLM's LLM. threads: of its computation."""
-        self._arguments = json.dumps(dict(engine_arguments))
+    def __init__(self, *, threads: int) -> None:
+        """threads: of its computation."""
         self._threads = threads
         self._process: subprocess.Popen[str] | None = None
 
@@ -66,15 +65,12 @@ class ReferenceProcess:
         self.stop()
         self._folder.cleanup()
 
-    @property
-    def started(self) -> bool:
-        return self._process is not None
-
-    def start(self) -> None:
+    def start(self, engine_arguments: Mapping[str, object]) -> None:
+        """Begins to load, and returns. engine_arguments: JSON values, keyword arguments of vLLM's LLM."""
         root = Path(__file__).parents[1]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.reference", self._arguments],
+                [sys.executable, "-m", "deploy.reference", json.dumps(dict(engine_arguments))],
                 cwd=root,
                 env=self._environment(root),
                 stdin=subprocess.PIPE,
@@ -86,9 +82,7 @@ class ReferenceProcess:
 
     def report(self, job: Job) -> Report:
         """Answers the job, and the process ends. Raises ServingError with the last line it said where it fails."""
-        if self._process is None:
-            self.start()
-        assert self._process is not None
+        assert self._process is not None, "start comes first"
         try:
             answer, _ = self._process.communicate(json.dumps(asdict(job)), timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:

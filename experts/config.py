@@ -10,7 +10,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 class Settings(BaseModel):
     """A section of the config file: read once, never changed, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Settings):

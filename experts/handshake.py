@@ -74,6 +74,7 @@ def write_secret(path: str | Path) -> None:
     """A fresh random secret in a file of mode 0600."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, 0o600)  # a file that was there keeps its mode otherwise
         file.write(os.urandom(MIN_SECRET_BYTES))
 
 

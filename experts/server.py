@@ -86,8 +86,7 @@ class ExpertServer(DataPlaneLoop):
             raise FrameError(f"{header.kind.name} {header.dtype.name} frame sent to an expert group")
         rows = self._read_rows(conn, header, payload)
         if rows is None:
-            self.counts["nacks"] += 1
-            self.send(conn, Header(Kind.NACK, layer=header.layer, seq=header.seq, incarnation=self.incarnation))
+            self._nack(conn, header.layer, header.seq)
         else:
             self._waiting.append(rows)
 
@@ -96,10 +95,22 @@ class ExpertServer(DataPlaneLoop):
             return
         waiting, self._waiting = self._waiting, []
         for batch in join(waiting):
-            self._answer(batch, self._ffn(batch.layer, batch.x, batch.pairs))
+            try:
+                y = self._ffn(batch.layer, batch.x, batch.pairs)
+            except (RuntimeError, ValueError) as error:
+                # Out of memory, most likely: another copy may have more, and these rows must not end this one.
+                log.exception("rows not computed", extra={"layer": batch.layer, "rows": len(batch.x)}, exc_info=error)
+                for asker, _ in batch.parts:
+                    self._nack(asker.conn, batch.layer, asker.seq)
+                continue
+            self._answer(batch, y)
             self.counts["rows"] += len(batch.x)
             self.counts["batches"] += 1
             self.counts["joined"] += len(batch.parts)
+
+    def _nack(self, conn: Conn, layer: int, seq: int) -> None:
+        self.counts["nacks"] += 1
+        self.send(conn, Header(Kind.NACK, layer=layer, seq=seq, incarnation=self.incarnation))
 
     def _read_rows(self, conn: Conn, header: Header, payload: memoryview) -> Rows[Question] | None:
         """The rows of a frame, or None where they ask for what this replica does not hold."""

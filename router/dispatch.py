@@ -187,7 +187,7 @@ class Dispatcher(Generic[Asker]):
             errand.asked[seq] = replica
             self._asked[seq] = errand
             self._rows_at[_key(replica)] += len(x)
-            if self._transport.send_rows(replica, header, (memoryview(x).cast("B"), memoryview(rows.pairs).cast("B"))):
+            if self._transport.send_rows(replica, header, (x.data.cast("B"), rows.pairs.data.cast("B"))):
                 return
             if self._forget(seq) is None:
                 return  # the send broke the link, and the event of that has sent the rows elsewhere already
@@ -240,7 +240,7 @@ class Dispatcher(Generic[Asker]):
         parked = {errand.rows.group for errand in self._parked if errand.job is job}
         self._finish(job)
         self.counts["failures"] += 1
-        waited = f"within {job.header.budget_ms / 1000:g} s"
+        waited = f"within {round(job.header.budget_ms / 1000, 1):g} s"
         if parked:
             return Failure(job.header.seq, f"no live copy of expert group {_numbers(parked)} {waited}; try again")
         return Failure(job.header.seq, f"expert group {_numbers(missing)} did not answer {waited}; try again")

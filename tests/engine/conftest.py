@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 from engine_runs import (
-    MAX_TOKENS,
-    PROMPTS,
     VOCABULARY,
     Checkpoints,
     EngineProcess,
     Kind,
-    Outcome,
     Reference,
+    RemoteRun,
+    Run,
     plain_arguments,
+    remote_arguments,
+    run,
 )
+from local_plane import PlaneProcess
 
 from deploy.make_checkpoint import make_checkpoint
 
@@ -59,11 +61,25 @@ def checkpoints(engines: object, tmp_path_factory: pytest.TempPathFactory) -> Ch
 
 @pytest.fixture(scope="session")
 def reference(plain: EngineProcess, checkpoints: Checkpoints) -> Reference:
-    """What an unmodified engine answers to PROMPTS; it stays loaded until the next one is asked for."""
+    """Each run once."""
 
     @cache
-    def outcomes(preset: str, dtype: str = "float32") -> list[Outcome]:
+    def reference_run(preset: str, dtype: str) -> Run:
         plain.load(plain_arguments(checkpoints(preset), dtype=dtype))
-        return plain.generate(PROMPTS, max_tokens=MAX_TOKENS)
+        return run(plain)
 
-    return outcomes
+    # The cache tells a default from the same value that is given, so all are given.
+    return lambda preset, dtype="float32": reference_run(preset, dtype)
+
+
+@pytest.fixture(scope="session")
+def remote_run(remote: EngineProcess, checkpoints: Checkpoints) -> RemoteRun:
+    """Each run once; its plane is gone then."""
+
+    @cache
+    def distributed_run(preset: str, num_groups: int, dtype: str) -> Run:
+        with PlaneProcess(checkpoints(preset), dtype=dtype, num_groups=num_groups) as plane:
+            remote.load(remote_arguments(plane.model))
+            return run(remote)
+
+    return lambda preset, num_groups=4, dtype="float32": distributed_run(preset, num_groups, dtype)

@@ -3,88 +3,81 @@
 import importlib.metadata
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_runs import Checkpoints, EngineError, EngineProcess, plain_arguments, remote_arguments
+from engine_runs import (
+    Checkpoints,
+    EngineError,
+    EngineProcess,
+    Reference,
+    RemoteRun,
+    plain_arguments,
+    remote_arguments,
+)
 from local_plane import PlaneProcess
 
 START_TIMEOUT_S = 1.0
 
 
-@pytest.fixture(scope="module", params=["nano", "v3", "qwen3-moe", "mixtral"])
-def preset(request: pytest.FixtureRequest) -> str:
-    return request.param
+PRESETS = ["nano", "v3", "qwen3-moe", "mixtral"]
 
 
 @pytest.fixture(scope="module")
-def loaded(preset: str, remote: EngineProcess, checkpoints: Checkpoints) -> EngineProcess:
-    """An engine of ours that has loaded; its plane is gone already."""
-    with PlaneProcess(checkpoints(preset), dtype="float32", num_groups=2) as plane:
-        remote.load(remote_arguments(plane.model))
-    return remote
+def plane(checkpoints: Checkpoints) -> Iterator[PlaneProcess]:
+    """Serves the checkpoint `nano` in float32."""
+    with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2, max_rows=128) as plane:
+        yield plane
 
 
-def test_no_expert_tensor_is_read(loaded: EngineProcess, preset: str, checkpoints: Checkpoints) -> None:
-    assert sorted(loaded.tensors_read()) == sorted(
-        n for n in _tensor_names(checkpoints(preset)) if ".experts." not in n
-    )
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_expert_tensor_is_read(preset: str, remote_run: RemoteRun, checkpoints: Checkpoints) -> None:
+    others = [name for name in _tensor_names(checkpoints(preset)) if ".experts." not in name]
+    assert sorted(remote_run(preset).tensors_read) == sorted(others)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_parameters_are_everything_but_the_routed_experts(
-    loaded: EngineProcess, preset: str, plain: EngineProcess, checkpoints: Checkpoints
+    preset: str, remote_run: RemoteRun, reference: Reference
 ) -> None:
-    plain.load(plain_arguments(checkpoints(preset)))
-    everything, held = plain.parameters(), loaded.parameters()
-    routed = {name for name in everything if ".routed_experts." in name and "bias" not in name}
+    everything = reference(preset).parameters
+    routed = {name for name in everything if name.endswith((".w13_weight", ".w2_weight"))}
     assert routed
-    assert held == {name: size for name, size in everything.items() if name not in routed}
+    assert remote_run(preset).parameters == {name: size for name, size in everything.items() if name not in routed}
 
 
 def test_an_engine_without_a_router_does_not_start_and_says_so_in_time(
-    remote: EngineProcess, checkpoints: Checkpoints
+    remote: EngineProcess, plane: PlaneProcess
 ) -> None:
-    with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2) as plane:
-        plane.do("stop_router")
-        started_s = time.monotonic()
-        with pytest.raises(EngineError, match=f"no router within {START_TIMEOUT_S:g} s: .*router.sock"):
-            remote.load(remote_arguments(plane.model, start_timeout_s=START_TIMEOUT_S))
-        assert time.monotonic() - started_s < START_TIMEOUT_S + 20  # the rest is vLLM's start
+    plane.do("stop_router")
+    started_s = time.monotonic()
+    with pytest.raises(EngineError, match=f"no router within {START_TIMEOUT_S:g} s: .*router.sock"):
+        remote.load(remote_arguments(plane.model, max_model_len=128, start_timeout_s=START_TIMEOUT_S))
+    assert time.monotonic() - started_s < START_TIMEOUT_S + 20  # the rest is vLLM's start
+    plane.do("start_router")
 
 
-def test_an_engine_does_not_start_on_a_router_of_another_checkpoint(
-    remote: EngineProcess, checkpoints: Checkpoints
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"num_groups": 4}, {"checkpoint": "v3"}], ids=str)
+def test_an_engine_does_not_start_on_a_router_that_serves_something_else(
+    remote: EngineProcess, plane: PlaneProcess, checkpoints: Checkpoints, change: dict[str, str]
 ) -> None:
-    with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2) as plane:
-        other = replace(plane.model, checkpoint=str(checkpoints("v3")))
-        with pytest.raises(EngineError, match="no router within .*another secret or checkpoint"):
-            remote.load(remote_arguments(other, start_timeout_s=START_TIMEOUT_S))
+    if "checkpoint" in change:
+        change = {"checkpoint": str(checkpoints(change["checkpoint"]))}
+    other = replace(plane.model, **change)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="no router within .*another secret or checkpoint"):
+        remote.load(remote_arguments(other, max_model_len=128, start_timeout_s=START_TIMEOUT_S))
 
 
-def test_an_engine_does_not_start_on_a_router_of_another_dtype(remote: EngineProcess, checkpoints: Checkpoints) -> None:
-    with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2) as plane:
-        other = replace(plane.model, dtype="bfloat16")
-        with pytest.raises(EngineError, match="no router within .*another secret or checkpoint"):
-            remote.load(remote_arguments(other, start_timeout_s=START_TIMEOUT_S))
+def test_a_frame_that_does_not_hold_the_longest_prompt_is_refused(remote: EngineProcess, plane: PlaneProcess) -> None:
+    with pytest.raises(EngineError, match="max_rows=128 must be at least max_model_len=256"):
+        remote.load(remote_arguments(plane.model, max_model_len=256))
 
 
-def test_a_frame_that_does_not_hold_the_longest_prompt_is_refused(
-    remote: EngineProcess, checkpoints: Checkpoints
-) -> None:
-    with (
-        PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2, max_rows=64) as plane,
-        pytest.raises(EngineError, match="max_rows=64 must be at least max_model_len=256"),
-    ):
-        remote.load(remote_arguments(plane.model))
-
-
-def test_an_engine_with_compilation_is_refused(remote: EngineProcess, checkpoints: Checkpoints) -> None:
-    with (
-        PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2) as plane,
-        pytest.raises(EngineError, match="does not support graph capture or compilation .set enforce_eager."),
-    ):
-        remote.load(remote_arguments(plane.model, enforce_eager=False))
+def test_an_engine_with_compilation_is_refused(remote: EngineProcess, plane: PlaneProcess) -> None:
+    with pytest.raises(EngineError, match="does not support graph capture or compilation .set enforce_eager."):
+        remote.load(remote_arguments(plane.model, max_model_len=128, enforce_eager=False))
 
 
 def test_the_plugin_refuses_another_load_format(remote: EngineProcess, checkpoints: Checkpoints) -> None:

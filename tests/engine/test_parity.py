@@ -1,9 +1,19 @@
 """An engine whose experts are elsewhere says token for token what an unmodified vLLM says."""
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from engine_runs import MAX_TOKENS, PROMPTS, Checkpoints, EngineProcess, Reference, make_prompts, remote_arguments
+from engine_runs import (
+    MAX_TOKENS,
+    PROMPTS,
+    Checkpoints,
+    EngineProcess,
+    Reference,
+    RemoteRun,
+    make_prompts,
+    plain_arguments,
+    remote_arguments,
+)
 from local_plane import PlaneProcess
 
 # Expert groups by preset: DeepSeek-V2 in every number that divides its n_group, other routing methods in one.
@@ -21,41 +31,40 @@ CASES = [
 BFLOAT16_MARGIN = 0.15
 
 
+@pytest.fixture(scope="module", autouse=True)
+def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """Another attention replica; begun with the module, so that it imports vLLM beside the first tests."""
+    with EngineProcess("remote", log=tmp_path_factory.mktemp("logs") / "second.log") as engine:
+        yield engine
+
+
 @pytest.mark.parametrize(("preset", "num_groups"), CASES)
 def test_greedy_tokens_in_float32_are_those_of_an_unmodified_engine(
-    remote: EngineProcess, checkpoints: Checkpoints, reference: Reference, preset: str, num_groups: int
+    reference: Reference, remote_run: RemoteRun, preset: str, num_groups: int
 ) -> None:
-    expected = reference(preset)
-    with PlaneProcess(checkpoints(preset), dtype="float32", num_groups=num_groups) as plane:
-        remote.load(remote_arguments(plane.model))
-        assert remote.generate(PROMPTS, max_tokens=MAX_TOKENS) == expected
+    assert remote_run(preset, num_groups).outcomes == reference(preset).outcomes
 
 
 def test_the_reference_depends_on_its_prompts(reference: Reference) -> None:
-    texts = {tuple(outcome.tokens) for outcome in reference("nano")}
+    texts = {tuple(outcome.tokens) for outcome in reference("nano").outcomes}
     assert len(texts) == len(PROMPTS)
     assert len({token for text in texts for token in text}) > 3 * MAX_TOKENS
 
 
 def test_every_bfloat16_token_is_the_references_choice_but_for_rounding(
-    remote: EngineProcess, plain: EngineProcess, checkpoints: Checkpoints, reference: Reference
+    plain: EngineProcess, checkpoints: Checkpoints, remote_run: RemoteRun
 ) -> None:
-    reference("nano", "bfloat16")
-    with PlaneProcess(checkpoints("nano"), dtype="bfloat16", num_groups=4) as plane:
-        remote.load(remote_arguments(plane.model))
-        outcomes = remote.generate(PROMPTS, max_tokens=MAX_TOKENS)
+    outcomes = remote_run("nano", dtype="bfloat16").outcomes
+    plain.load(plain_arguments(checkpoints("nano"), dtype="bfloat16"))
     margins = [plain.margins(prompt, outcome.tokens) for prompt, outcome in zip(PROMPTS, outcomes)]
     assert max(map(max, margins)) <= BFLOAT16_MARGIN
 
 
 def test_two_engines_get_the_right_tokens_from_one_plane_at_the_same_time(
-    remote: EngineProcess, checkpoints: Checkpoints, reference: Reference, tmp_path: Path
+    remote: EngineProcess, second: EngineProcess, checkpoints: Checkpoints, reference: Reference
 ) -> None:
-    expected = reference("nano")
-    with (
-        EngineProcess("remote", log=tmp_path / "second.log") as second,
-        PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=4) as plane,
-    ):
+    expected = reference("nano").outcomes
+    with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=4) as plane:
         for engine, member_id in ((remote, "first"), (second, "second")):
             engine.tell("load", arguments=remote_arguments(plane.model, member_id=member_id))
         remote.answer()
@@ -68,10 +77,10 @@ def test_two_engines_get_the_right_tokens_from_one_plane_at_the_same_time(
 
 
 def test_prompts_that_exceed_one_frame_together_are_computed_in_several_steps(
-    remote: EngineProcess, plain: EngineProcess, checkpoints: Checkpoints, reference: Reference
+    remote: EngineProcess, plain: EngineProcess, checkpoints: Checkpoints
 ) -> None:
     prompts = make_prompts(8, seed=1, shortest=30, longest=60)
-    reference("nano")
+    plain.load(plain_arguments(checkpoints("nano")))
     expected = plain.generate(prompts, max_tokens=4)
     with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2, max_rows=64) as plane:
         remote.load(remote_arguments(plane.model, max_model_len=64))

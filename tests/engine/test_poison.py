@@ -54,7 +54,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(remote: EngineProcess, checkpoints: Checkpoints, reference: Reference) -> Iterator[Served]:
-    expected = reference("nano")
+    expected = reference("nano").outcomes
     with PlaneProcess(checkpoints("nano"), dtype="float32", num_groups=2) as plane:
         remote.load(remote_arguments(plane.model))
         yield Served(remote, plane, expected)

@@ -34,7 +34,7 @@ def engine(remote: EngineProcess, plane: PlaneProcess) -> EngineProcess:
 def test_a_prefix_cache_finds_what_was_computed(engine: EngineProcess, expected: list[Outcome]) -> None:
     assert engine.generate([PROMPT], max_tokens=MAX_TOKENS) == expected
     assert engine.generate([PROMPT], max_tokens=MAX_TOKENS) == expected
-    assert engine.do("cached_prompt_tokens") > 100
+    assert engine.do("cached_tokens", request_id="batch-0") > 100
 
 
 def test_a_poisoned_prompt_is_computed_again(
@@ -45,7 +45,7 @@ def test_a_poisoned_prompt_is_computed_again(
     assert engine.step()["poisoned"].finish_reason == "error"
     plane.do("start_group 1")
     assert engine.generate([PROMPT], max_tokens=MAX_TOKENS) == expected
-    assert engine.do("cached_prompt_tokens") == 0
+    assert engine.do("cached_tokens", request_id="batch-0") == 0
 
 
 def test_a_prompt_that_is_aborted_within_its_poisoned_step_is_computed_again(
@@ -56,4 +56,4 @@ def test_a_prompt_that_is_aborted_within_its_poisoned_step_is_computed_again(
     engine.do("abort_within_step", request_id="aborted")
     plane.do("start_group 1")
     assert engine.generate([PROMPT], max_tokens=MAX_TOKENS) == expected
-    assert engine.do("cached_prompt_tokens") == 0
+    assert engine.do("cached_tokens", request_id="batch-0") == 0

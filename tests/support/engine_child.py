@@ -23,6 +23,7 @@ class Child:
         self._llm: LLM | None = None
         self._read: list[str] = []
         self._outcomes: dict[str, Outcome] = {}
+        self._cached: dict[str, int] = {}
         _record_reads(self._read)
 
     def load(self, arguments: dict[str, Any]) -> None:
@@ -70,6 +71,7 @@ class Child:
                 break
             for output in self._engine.step():
                 self._outcomes[output.request_id] = _outcome(output)
+                self._cached[output.request_id] = output.num_cached_tokens or 0
                 moved.add(output.request_id)
         return {request_id: asdict(self._outcomes[request_id]) for request_id in sorted(moved)}
 
@@ -92,10 +94,9 @@ class Child:
     def tensors_read(self) -> list[str]:
         return self._read
 
-    def cached_prompt_tokens(self) -> int:
-        """Prompt tokens that were found in the prefix cache since the engine started."""
-        manager = self._engine.engine_core.engine_core.scheduler.kv_cache_manager
-        return manager.prefix_cache_stats.hits
+    def cached_tokens(self, request_id: str) -> int:
+        """Prompt tokens of a request that were found in the prefix cache."""
+        return self._cached[request_id]
 
     def dummy_run(self, num_tokens: int) -> bool:
         """What vLLM does to profile and to warm up, outside any scheduled step; whether it came out poisoned."""

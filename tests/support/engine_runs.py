@@ -180,7 +180,30 @@ class Checkpoints(Protocol):
     def __call__(self, preset: str) -> Path: ...
 
 
-class Reference(Protocol):
-    """What an unmodified engine answers to PROMPTS with MAX_TOKENS each."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one engine did with PROMPTS, MAX_TOKENS each, and what it is made of."""
 
-    def __call__(self, preset: str, dtype: str = "float32") -> list[Outcome]: ...
+    outcomes: list[Outcome]
+    parameters: Mapping[str, int]  # size in bytes by name
+    tensors_read: Sequence[str]
+
+
+class Reference(Protocol):
+    """The run of an unmodified engine."""
+
+    def __call__(self, preset: str, dtype: str = "float32") -> Run: ...
+
+
+class RemoteRun(Protocol):
+    """The run of an engine whose experts are on `num_groups` expert groups."""
+
+    def __call__(self, preset: str, num_groups: int = 4, dtype: str = "float32") -> Run: ...
+
+
+def run(engine: EngineProcess) -> Run:
+    return Run(
+        outcomes=engine.generate(PROMPTS, max_tokens=MAX_TOKENS),
+        parameters=engine.parameters(),
+        tensors_read=engine.tensors_read(),
+    )

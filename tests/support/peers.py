@@ -87,7 +87,7 @@ class Asker:
             scale=scale,
             seq=self.seq,
         )
-        parts = (memoryview(x.numpy()).cast("B"), memoryview(logits.numpy()).cast("B"))
+        parts = (x.numpy().data.cast("B"), logits.numpy().data.cast("B"))
         self.link.send(header, parts, deadline_s=time.monotonic() + 5)
 
     def receive(self, *, timeout_s: float = 10.0) -> Tensor | str:
