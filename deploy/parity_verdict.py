@@ -8,9 +8,10 @@ against is measured on unmodified vLLM in the same run, on the same prompts.
 1. Rounding margin. Each token is judged by teacher forcing: vLLM reads the sequence so far as a prompt, and the token's
    margin is how far its logit is below the largest one (0: it is the largest). vLLM computes its own tokens twice, when
    it generates them (all prompts together, and again one by one) and when it is forced to read them. The largest change
-   of a difference between two logits from the one to the other, among the five best of each, is what rounding alone can
-   do to a choice: no token's margin may be larger. It is never taken to be less than one unit in the last place of the
-   largest logit seen.
+   of a difference between two logits from the one to the other, among the twenty best of each, is what rounding alone
+   can do to a choice: no token's margin may be larger. It is never taken to be less than the worst margin of a token of
+   vLLM's own, nor than one unit in the last place of the largest logit seen. Where rounding flips the choice of an
+   expert it is large, and catches gross errors only; the two counts below are what sees small ones.
 2. Tokens off the top. Over all passes, the tokens with a margin above 0 may not be more frequent than among vLLM's own
    tokens, three standard deviations of such a count allowed, and three tokens for where vLLM has none.
 3. Identical sequences. Each pass is held against vLLM in the like composition ("alone" against one by one, "under load"
@@ -127,7 +128,7 @@ def judge(dtype: str, passes: tuple[Pass, ...], reference: Reference) -> Verdict
     own = (reference.together, reference.one_by_one)
     results = tuple(_result(each, reference) for each in passes)
     own_identical = _identical(own[0].tokens, own[1].tokens)
-    rounding_margin = None if exact else max(reference.largest_change, last_place(reference.largest_logit, dtype))
+    rounding_margin = None if exact else _rounding_margin(reference, dtype)
     allowed = None if exact else _off_top_allowed(own, sum(_num_tokens(each.answers) for each in passes))
     if rounding_margin is None or allowed is None:
         reasons = _unlike(results, len(own[0].tokens))
@@ -198,6 +199,11 @@ def _too_rare(results: tuple[PassResult, ...], num_prompts: int, *, own_identica
             f"share than the {own_identical} of {num_prompts} that vLLM has with itself in the other composition"
         )
     return reasons
+
+
+def _rounding_margin(reference: Reference, dtype: str) -> float:
+    own = max(_worst(reference.together), _worst(reference.one_by_one))
+    return max(reference.largest_change, own, last_place(reference.largest_logit, dtype))
 
 
 def _off_top_allowed(own: tuple[Answers, Answers], num_tokens: int) -> int:

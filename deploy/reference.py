@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 TIMEOUT_S = 1800.0  # start and job together
-NUM_CANDIDATES = 5  # best logits of a position that are compared
+NUM_CANDIDATES = 20  # best logits of a position that are compared; vLLM gives no more unless told to
 Sequences = list[list[int]]  # token ids, [num_prompts][num_tokens]
 Logits = dict[int, float]  # token id -> logit: the best ones of a position, and the chosen one
 

@@ -156,7 +156,8 @@ class PlaneProcess:
         self._process.wait(30)
 
     def do(self, command: str) -> str:
-        """start_router, stop_router, hang_router S, counts; start_group G, stop_group G, forget_group G, hang_group G S.
+        """start_router, stop_router, hang_router S, counts;
+        start_group G, stop_group G, forget_group G, hang_group G S.
 
         G: number of a group; S: seconds.
         """

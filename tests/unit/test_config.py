@@ -233,7 +233,7 @@ def test_too_little_memory_is_refused_with_what_is_needed_and_what_is_there(
     nano: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = resolved(nano, file, gateway__http_port=free_port(), gateway__grpc_port=free_port())
-    monkeypatch.setattr(config_module, "_cannot_bind", lambda host, port: False)
+    monkeypatch.setattr(config_module, "_cannot_bind", lambda host, port: None)
     needed = memory_needed(found)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed))
     check_machine(found)

@@ -112,6 +112,11 @@ def test_the_rounding_margin_is_at_least_one_last_place_of_the_largest_logit():
     assert judge("float16", (a_pass(),), reference).rounding_margin == 0.0078125
 
 
+def test_the_rounding_margin_is_at_least_the_worst_margin_of_the_references_own_tokens():
+    reference = a_reference(largest_change=0.5, margins=with_margin(0, 0, 0.75))
+    assert judge("bfloat16", (a_pass(),), reference).rounding_margin == 0.75
+
+
 def test_a_smaller_share_than_the_references_own_fails():
     two_changed = with_token(with_token(TOGETHER, 0, 0, 99), 1, 0, 99)
     own_changed = with_token(TOGETHER, 3, 3, 99)
