@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cluster.step import Step
+from experts.compute_cpu import kernel_truncates
 from experts.errors import LinkError
 from experts.handshake import Identity
 from experts.link import BlockingLink, connect
@@ -78,6 +79,7 @@ class RouterClient:
             num_rows=x.shape[0],
             num_extra=logits.shape[1],
             scale=scale,
+            truncate=kernel_truncates(x.dtype),
             seq=self._seq,
         )
         self._asked = _Question(header=header, x=_view(x), logits=_view(logits))

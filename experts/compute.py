@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from experts.compute_cpu import KernelFFN, why_no_kernel
+from experts.compute_cpu16 import KernelFFN16
 from experts.compute_cuda import GroupedFFN, why_not_grouped
 from experts.errors import ConfigError
 from experts.pairs import Pairs
@@ -53,7 +54,7 @@ def make_expert_ffn(weights: dict[int, LayerWeights], *, path: Path = "auto") ->
     chosen = _choose(first, path)
     paths: dict[Path, Callable[[dict[int, LayerWeights]], ExpertFFN]] = {
         "loop": LoopFFN,
-        "kernel": KernelFFN,
+        "kernel": KernelFFN if first.w13.dtype is torch.float32 else KernelFFN16,
         "grouped": GroupedFFN,
     }
     ffn = paths[chosen](weights)

@@ -18,7 +18,7 @@ from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
 from experts.placement import Member
 from experts.server import ExpertServer
-from experts.weights import bytes_needed, load_group
+from experts.weights import load_group, resident_bytes
 from experts.wire import Limits
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class ExpertGroup:
 
 def check_memory(checkpoint: Checkpoint, num_experts_held: int, dtype: torch.dtype) -> None:
     """Raises ConfigError where the experts of one replica do not fit into the memory that is free."""
-    needed = bytes_needed(checkpoint, num_experts_held, dtype)
+    needed = resident_bytes(checkpoint, num_experts_held, dtype, on_cpu=True)
     free = psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(

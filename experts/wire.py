@@ -93,6 +93,7 @@ class Header(NamedTuple):
     seq: int = 0  # an answer carries its question's
     placement_version: int = 0
     incarnation: int = 0  # of the replica that is meant, and that answers
+    truncate: bool = False  # QUESTION: the asker's vLLM cuts off the low bits of its sums, and so must the answer
 
 
 def encode(header: Header, limits: Limits) -> bytes:
@@ -104,7 +105,7 @@ def encode(header: Header, limits: Limits) -> bytes:
         header.dtype,
         header.logits_dtype,
         header.layer,
-        0,
+        header.truncate,
         header.num_rows,
         header.num_extra,
         header.budget_ms,
@@ -132,7 +133,7 @@ def decode(buffer: bytes | bytearray | memoryview, limits: Limits, offset: int =
         dtype,
         logits_dtype,
         layer,
-        reserved,
+        truncate,
         num_rows,
         num_extra,
         budget_ms,
@@ -145,7 +146,7 @@ def decode(buffer: bytes | bytearray | memoryview, limits: Limits, offset: int =
     ) = _HEADER.unpack_from(buffer, offset)
     if magic != MAGIC or version != VERSION:
         raise FrameError(f"not a frame of protocol version {VERSION}: magic {magic:#010x}, version {version}")
-    if reserved or reserved_tail:
+    if reserved_tail or truncate > (kind == Kind.QUESTION):
         raise FrameError("reserved header bytes are not zero")
     try:
         known_kind, known_dtype, known_logits_dtype = _KINDS[kind], _DTYPES[dtype], _DTYPES[logits_dtype]
@@ -163,6 +164,7 @@ def decode(buffer: bytes | bytearray | memoryview, limits: Limits, offset: int =
         seq,
         placement_version,
         incarnation,
+        bool(truncate),
     )
     if length != payload_bytes(header, limits):
         raise FrameError(f"{known_kind.name} frame of {num_rows} rows declares {length} bytes of payload")

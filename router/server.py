@@ -128,7 +128,7 @@ class RouterServer(DataPlaneLoop):
 
     def _answer(self, job: Job[Conn]) -> None:
         header = job.header
-        y = to_wire(combine(job), header.dtype)
+        y = to_wire(combine(job), header.dtype, truncate=header.truncate)
         answer = Header(Kind.ANSWER, dtype=header.dtype, layer=header.layer, num_rows=len(y), seq=header.seq)
         self.send(job.asker, answer, y.data.cast("B"))
 
@@ -180,12 +180,17 @@ class RouterServer(DataPlaneLoop):
         self.dispatcher.on_replica_up(now_s=time.monotonic())
 
 
-def to_wire(y: NDArray[np.float32], dtype: DType) -> NDArray[np.generic]:
-    """float32 sums in the type the asker wants: rounded once, to nearest even; bfloat16 as uint16 bits."""
+def to_wire(y: NDArray[np.float32], dtype: DType, *, truncate: bool = False) -> NDArray[np.generic]:
+    """float32 sums in the type the asker wants; bfloat16 as uint16 bits.
+
+    truncate: cut off the low bits of a bfloat16, as some builds of vLLM's kernel do; else to nearest, ties to even.
+    """
     if dtype is DType.FLOAT32:
         return y
     if dtype is DType.FLOAT16:
         return y.astype(np.float16)
+    if truncate:
+        return (y.view(np.uint32) >> 16).astype(np.uint16)
     return torch.from_numpy(y).to(torch.bfloat16).view(torch.uint16).numpy()
 
 

@@ -39,6 +39,7 @@ def headers(draw: st.DrawFn) -> Header:
         seq=draw(u64),
         placement_version=draw(u64),
         incarnation=draw(u64),
+        truncate=kind is Kind.QUESTION and draw(st.booleans()),
     )
 
 

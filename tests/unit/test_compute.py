@@ -9,7 +9,8 @@ import torch
 
 from experts import compute_cpu
 from experts.compute import LoopFFN, Pairs, expert_ffn_loop, make_expert_ffn
-from experts.compute_cpu import KernelFFN, why_no_kernel
+from experts.compute_cpu import KernelFFN, fused_moe, kernel_truncates, pack, why_no_kernel
+from experts.compute_cpu16 import KernelFFN16
 from experts.compute_cuda import GroupedFFN
 from experts.errors import ConfigError
 from experts.pairs import sum_rows
@@ -124,3 +125,40 @@ def test_results_do_not_share_memory_with_the_input_or_each_other() -> None:
         kept = first.clone()
         ffn(1, x * 2, some_pairs([0], [1]))
         assert torch.equal(first, kept) and torch.equal(x, torch.ones(1, 64))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_sums_split_over_groups_end_as_one_call_of_the_kernel_ends(dtype: torch.dtype) -> None:
+    weights = some_weights(n=6, hidden=64, inner=96, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(40, 64, generator=generator).to(dtype)
+    chosen = torch.stack([torch.randperm(6, generator=generator)[:4].sort().values for _ in range(40)])
+    share = torch.rand(40, 4, generator=generator)
+    whole = torch.empty_like(x)
+    torch.ops._C.cpu_fused_moe(
+        whole, x, pack(weights.w13), pack(weights.w2), None, None, share, chosen.int(), False, "silu", "vec"
+    )
+    ffn = make_expert_ffn({0: weights})
+    halves = []
+    for of_half in (chosen < 3, chosen >= 3):  # two expert groups, each adding up its own experts
+        row, slot = torch.nonzero(of_half, as_tuple=True)
+        halves.append(ffn(0, x, Pairs(row=row.int(), expert=chosen[row, slot].int(), weight=share[row, slot])))
+    found = halves[0] + halves[1]
+    assert isinstance(ffn, KernelFFN16)
+    ended = (found.view(torch.int32) & -65536).view(torch.float32) if kernel_truncates(dtype) else found
+    # The order of the additions differs, so that a sum on the edge between two values may fall either way.
+    assert (ended.to(dtype) == whole).float().mean() > 0.99
+
+
+@needs_kernel
+def test_how_the_kernel_ends_its_sums_is_found_out_and_not_assumed() -> None:
+    assert not kernel_truncates(torch.float32)
+    out, x = torch.empty(1, 32, dtype=torch.bfloat16), torch.zeros(1, 32, dtype=torch.bfloat16)
+    x[0, 0] = 1.0
+    w13 = torch.zeros(1, 64, 32, dtype=torch.bfloat16)
+    w13[0, :32, 0], w13[0, 32:, 0] = 64.0, 1 / 64
+    identity = torch.eye(32, dtype=torch.bfloat16).unsqueeze(0)
+    just_below_two = torch.tensor([2 - 2**-9])  # nearest is 2, cut off it is the value below
+    fused_moe(out, x, pack(w13), pack(identity), torch.zeros(1, dtype=torch.int32), just_below_two)
+    assert (out < 2).all() == kernel_truncates(torch.bfloat16)

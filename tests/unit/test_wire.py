@@ -35,7 +35,7 @@ def test_the_header_is_64_bytes_and_begins_with_the_magic_and_the_version() -> N
         (5, b"\x63", "unknown frame kind 99"),
         (6, b"\x03", "dtype 3"),
         (7, b"\xff", "0, 255"),
-        (10, b"\x01", "reserved"),
+        (10, b"\x02", "reserved"),
         (63, b"\x01", "reserved"),
         (12, struct.pack("<I", 0), "without rows"),
         (12, struct.pack("<I", 9), "limit is 8"),
