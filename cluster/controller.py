@@ -68,9 +68,15 @@ class Controller:
                 self._changed.notify_all()
 
     async def _sweep(self) -> None:
+        due_s = time.monotonic()
         while True:
             await asyncio.sleep(EXPIRE_EVERY_S)
-            await self._publish(self._membership.expire(now_s=time.monotonic()))
+            now_s = time.monotonic()
+            late_s = max(now_s - due_s - EXPIRE_EVERY_S, 0.0)
+            due_s = now_s
+            # Renewals that wait behind our own delay are as late as we are.
+            self._membership.extend(late_s)
+            await self._publish(self._membership.expire(now_s=now_s))
 
 
 def _describe(member: Member) -> dict[str, object]:
@@ -82,5 +88,5 @@ def _describe(member: Member) -> dict[str, object]:
         "address": member.address,
     }
     if member.kind == "experts":
-        described |= {"group": member.group, "num_experts": member.num_experts}
+        described |= {"group": member.group, "first_expert": member.first_expert, "num_experts": member.num_experts}
     return described | dict(member.details)

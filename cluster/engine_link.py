@@ -8,6 +8,7 @@ import torch
 from cluster.router_client import RouterAddress, RouterClient
 from cluster.step import CURRENT
 from experts.checkpoint import open_checkpoint
+from experts.compute_cpu import kernel_truncates
 from experts.handshake import Identity, Role, fresh_incarnation, model_fingerprint, read_secret
 from experts.shape import MoEShape
 from experts.wire import Limits
@@ -46,6 +47,7 @@ def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
     given = EngineLinkOptions(**options)  # type: ignore[arg-type]
     checkpoint = open_checkpoint(given.checkpoint)
     shape = checkpoint.shape
+    kernel_truncates(dtype)  # found out here, where a failure is a failed start and not a failed step
     identity = Identity(
         role=Role.ATTENTION,
         member_id=given.member_id,

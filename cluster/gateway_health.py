@@ -56,7 +56,10 @@ class Health:
         deployments = await self._ask()
         page: Json = {"ready": all(health.can_serve for health in deployments.values())}
         if self.controller is not None:
-            page["controller"] = await self._bounded(self.controller())
+            try:
+                page["controller"] = await self._bounded(self.controller())
+            except ServingError:
+                page["controller"] = None  # it is being replaced; the rest of the page is true without it
         page["deployments"] = {
             name: {"status": health.status, "replicas": health.replicas} for name, health in deployments.items()
         }

@@ -28,6 +28,7 @@ from cluster.gateway_run import Engine, run
 from cluster.gateway_vllm import new_request_id
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.validate import GenerationRequest, Limits, check, check_length, check_model
+from experts.errors import RequestError
 from experts.shape import routing_of
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -119,18 +120,21 @@ class Rpc:
             name: self.default_sampling.get(name, _DEFAULTS[name]) if value is None else value
             for name, value in asked.items()
         }
-        return SamplingParams(
-            **sampling,  # type: ignore[arg-type]
-            seed=request.seed,
-            stop=list(request.stop),
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            ignore_eos=bool(request.ignore_eos),
-            max_tokens=max_tokens,
-            min_tokens=request.min_tokens or 0,
-            logprobs=request.logprobs,
-            output_kind=kind,
-        )
+        try:
+            return SamplingParams(
+                **sampling,  # type: ignore[arg-type]
+                seed=request.seed,
+                stop=list(request.stop),
+                presence_penalty=request.presence_penalty or 0.0,
+                frequency_penalty=request.frequency_penalty or 0.0,
+                ignore_eos=bool(request.ignore_eos),
+                max_tokens=max_tokens,
+                min_tokens=request.min_tokens or 0,
+                logprobs=request.logprobs,
+                output_kind=kind,
+            )
+        except ValueError as error:  # combinations that only vLLM knows to be wrong
+            raise RequestError(str(error)) from None
 
     async def check(self, service: str, context: GrpcContext) -> health_pb2.HealthCheckResponse:
         """grpc.health.v1 Check: "" is this process, the service's name the cluster behind it."""

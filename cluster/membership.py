@@ -31,6 +31,11 @@ class Membership:
         self._leases.pop((member_id, incarnation), None)
         return self._rebuild()
 
+    def extend(self, by_s: float) -> None:
+        """Every lease ends `by_s` later: for a time in which nobody could renew it."""
+        if by_s:
+            self._leases = {key: (member, ends_s + by_s) for key, (member, ends_s) in self._leases.items()}
+
     def expire(self, *, now_s: float) -> bool:
         """Forgets members whose lease has run out; True where this changed the placement."""
         self._leases = {key: lease for key, lease in self._leases.items() if lease[1] > now_s}

@@ -1,6 +1,6 @@
 """The step that an engine is computing: its deadline, and whether it has been poisoned.
 
-An exception inside a layer would kill vLLM's engine and every request in it (DESIGN.md section 5).
+An exception inside a layer would kill vLLM's engine and every request in it (docs/adr/0004).
 So a layer that cannot be computed returns zeros and poisons the step, and the scheduler of the same process
 ends exactly the requests of that step before a token of theirs leaves.
 """

@@ -1,4 +1,4 @@
-"""What we rely on inside vLLM, checked by name before anything of it is replaced (DESIGN.md section 8, item 7)."""
+"""What we rely on inside vLLM, checked by name before anything of it is replaced."""
 
 import inspect
 

@@ -8,7 +8,7 @@ from cluster.attention import Attention
 from cluster.config import GatewayConfig
 from cluster.controller import Controller
 from cluster.ingress import GRPC_SERVICER_FUNCTIONS, Gateway
-from deploy.config import DeploymentConfig, Resolved, resolve
+from deploy.config import DeploymentConfig, Resolved, pinned, resolve
 from experts.group import ExpertGroup, ServedModel
 from router.service import Router
 
@@ -40,6 +40,7 @@ def build(args: dict[str, object]) -> Application:
         num_cpus=config.attention.num_cpus,
         num_gpus=config.attention.num_gpus,
         max_ongoing_requests=4 * config.attention.max_num_seqs,
+        max_queued_requests=config.attention.max_queued_requests,
     ).bind(controller, model, config.attention, config.model.max_model_len)
     gateway = config.gateway
     return _deployment(
@@ -64,14 +65,7 @@ def build(args: dict[str, object]) -> Application:
 def serve_config(resolved: Resolved, runtime_dir: str) -> ServeDeploySchema:
     """The declarative form of the application, as `serve deploy` and RayService take it."""
     config = resolved.config
-    pinned = config.model.model_copy(
-        update={
-            "checkpoint": str(resolved.checkpoint.path),
-            "served_name": resolved.served_name,
-            "dtype": resolved.dtype,
-        }
-    )
-    args = {"config": config.model_copy(update={"model": pinned}).model_dump(), "runtime_dir": runtime_dir}
+    args = {"config": pinned(resolved).model_dump(), "runtime_dir": runtime_dir}
     return ServeDeploySchema.model_validate(
         {
             "applications": [{"name": APP_NAME, "route_prefix": "/", "import_path": "deploy.app:build", "args": args}],
@@ -111,6 +105,8 @@ def _deployment(
     num_gpus: float = 0,
     num_replicas: int = 1,
     max_ongoing_requests: int = 1000,
+    max_queued_requests: int = -1,  # no limit, as Serve has it
+    max_replicas_per_node: int | None = None,
 ) -> serve.Deployment:
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     decorate = serve.deployment(
@@ -118,9 +114,13 @@ def _deployment(
         num_replicas=num_replicas,
         ray_actor_options=options,
         max_ongoing_requests=max_ongoing_requests,
+        max_queued_requests=max_queued_requests,
         graceful_shutdown_timeout_s=5,
         # A replica that dies is noticed within a second or so; Serve's default is ten.
         health_check_period_s=1,
         health_check_timeout_s=5,
     )
-    return decorate(cls)
+    deployment = decorate(cls)
+    return (
+        deployment if max_replicas_per_node is None else deployment.options(max_replicas_per_node=max_replicas_per_node)
+    )

@@ -1,14 +1,17 @@
 """The command line, `expertmesh`."""
 
 import argparse
+import http.client
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from deploy import make_checkpoint, parity
@@ -22,9 +25,15 @@ STOP_TIMEOUT_S = 60.0
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; the exit code. What we raise on purpose is one line on stderr, without a traceback."""
     args = _parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        # `down`, and whoever else says it politely, ends a cluster as Ctrl-C does.
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         return args.run(args)
     except ExpertmeshError as error:
+        print(f"expertmesh {args.command}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
         print(f"expertmesh {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -50,9 +59,11 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", _generate, "continue a prompt, streaming over gRPC")
     generate.add_argument("prompt", metavar="PROMPT")
-    generate.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens at most (default: 64)")
+    generate.add_argument(
+        "--max-tokens", type=_whole_number(1, 2**32 - 1), default=64, metavar="N", help="tokens at most (default: 64)"
+    )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.add_argument("--seed", type=_whole_number(-(2**63), 2**63 - 1), help="makes sampling repeatable")
     generate.add_argument("--address", metavar="HOST:PORT", help="gRPC address (default: the cluster of this machine)")
     generate.add_argument("--json", action="store_true", help="one JSON object at the end instead of a stream of text")
 
@@ -63,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         _command(commands, "make-checkpoint", make_checkpoint.run, "write a small random checkpoint, for tests")
     )
     return parser
+
+
+def _whole_number(lowest: int, highest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be between {lowest} and {highest}")
+        return int(text)
+
+    return number
 
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
@@ -83,8 +103,6 @@ def _up(args: argparse.Namespace) -> int:
     check_machine(resolved)
     if args.detach:
         return _detach(args)
-    # `down` sends SIGTERM; it must end the cluster as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with LocalCluster(resolved, say=_say) as cluster:
             cluster.running.write()
@@ -103,14 +121,23 @@ def _detach(args: argparse.Namespace) -> int:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("w") as log:
         owner = subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", "up", "--config", str(args.config)],
+            [sys.executable, "-m", "deploy.cli", "up", "--config", str(args.config.absolute())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), *sys.path[:0]]))},
+            cwd=Path(__file__).parents[1],  # where `deploy` can be imported from
         )
+    try:
+        _follow(owner, log_file)
+    except BaseException:
+        owner.terminate()
+        raise
+    return 0
+
+
+def _follow(owner: subprocess.Popen[bytes], log_file: Path) -> None:
+    """Shows what the owner says until its cluster answers. Raises ConfigError where it ends, or takes too long."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     said = 0
     while time.monotonic() < deadline_s:
@@ -122,7 +149,7 @@ def _detach(args: argparse.Namespace) -> int:
             raise ConfigError(f"the cluster did not start; see {log_file}")
         running = RunningCluster.find()
         if running is not None and running.pid == owner.pid:
-            return 0
+            return
         time.sleep(0.5)
     raise ConfigError(f"the cluster did not start within {START_TIMEOUT_S:.0f} s; see {log_file}")
 
@@ -150,7 +177,7 @@ def _status(args: argparse.Namespace) -> int:
     try:
         with urllib.request.urlopen(f"{running.http}/expertmesh/status", timeout=10) as answer:  # noqa: S310  (http only)
             status = json.load(answer)
-    except (urllib.error.URLError, TimeoutError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(f"the cluster at {running.http} does not answer: {error}") from None
     print(json.dumps(status, indent=2) if args.json else status_table(status))
     return 0
@@ -184,7 +211,7 @@ def _what_to_try(running: RunningCluster) -> str:
             "",
             f"Serving {running.model} ({running.dtype}, {running.num_groups} expert groups). Try:",
             "",
-            f"  curl {running.http}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+            f"  curl {running.http}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
             "",
             f"  {_own_command()} generate --address {running.grpc} 'Once upon a time'",
             "",

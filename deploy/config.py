@@ -105,6 +105,18 @@ def resolve(config: DeploymentConfig, *, embedded: Path | None) -> Resolved:
     return Resolved(config=config, checkpoint=checkpoint, served_name=name, dtype=dtype)
 
 
+def pinned(resolved: Resolved) -> DeploymentConfig:
+    """The config with what was found out in the place of `embedded` and `auto`: it means the same everywhere."""
+    model = resolved.config.model.model_copy(
+        update={
+            "checkpoint": str(resolved.checkpoint.path),
+            "served_name": resolved.served_name,
+            "dtype": resolved.dtype,
+        }
+    )
+    return resolved.config.model_copy(update={"model": model})
+
+
 def check_machine(resolved: Resolved) -> None:
     """Refuses to start where a port is taken or the memory of this machine is too small. Raises ConfigError."""
     if resolved.config.router.replicas > 1:

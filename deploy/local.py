@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -9,13 +10,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from deploy.config import Resolved, state_dir
+import psutil
+
+from deploy.config import DeploymentConfig, Resolved, pinned, state_dir
 from experts.errors import ConfigError, ExpertmeshError
 from experts.handshake import write_secret
 
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 600.0
 POLL_S = 1.0
+MAKE_TIMEOUT_S = 300.0
 Say = Callable[[str], None]
 
 
@@ -45,6 +51,8 @@ class RunningCluster:
     attention_replicas: int
     max_model_len: int
     log_dir: str
+    config: dict[str, object]  # the whole DeploymentConfig, its checkpoint a folder
+    started_s: float  # of the process, since 1970: a pid may come again
 
     @staticmethod
     def file() -> Path:
@@ -55,10 +63,10 @@ class RunningCluster:
         """The running cluster, or None; a file whose process is gone counts as none."""
         try:
             cluster = cls(**json.loads(cls.file().read_text()))
-            os.kill(cluster.pid, 0)
-        except (OSError, ValueError, TypeError):
+            started_s = psutil.Process(cluster.pid).create_time()
+        except (OSError, ValueError, TypeError, psutil.Error):
             return None
-        return cluster
+        return cluster if started_s == cluster.started_s else None
 
     def write(self) -> None:
         self.file().parent.mkdir(parents=True, exist_ok=True)
@@ -78,8 +86,8 @@ class LocalCluster:
     def __enter__(self) -> Self:
         try:
             self._start()
-        except BaseException:
-            self.stop(keep_logs=True)
+        except BaseException as error:
+            self.stop(keep_logs=isinstance(error, StartError))
             raise
         return self
 
@@ -100,6 +108,8 @@ class LocalCluster:
             attention_replicas=self._resolved.config.attention.replicas,
             max_model_len=self._resolved.config.model.max_model_len,
             log_dir=str(self.runtime_dir / "ray" / "session_latest" / "logs"),
+            config=pinned(self._resolved).model_dump(),
+            started_s=psutil.Process().create_time(),
         )
 
     def stop(self, *, keep_logs: bool = False) -> None:
@@ -108,16 +118,15 @@ class LocalCluster:
         from ray import serve
 
         if ray.is_initialized():
-            # A second Ctrl-C must not leave half of it behind.
-            previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
-            children = _descendants(os.getpid())
-            try:
-                serve.shutdown()
-            finally:
-                ray.shutdown()
-                _end(children)
-                if previous is not None:
-                    signal.signal(signal.SIGINT, previous)
+            children = psutil.Process().children(recursive=True)
+            with _undisturbed():
+                try:
+                    serve.shutdown()
+                finally:
+                    ray.shutdown()
+                    _end(children)
+        for secret in ("secret", "ray_token"):
+            (self.runtime_dir / secret).unlink(missing_ok=True)
         if keep_logs and (self.runtime_dir / "ray").exists():
             self._say(f"logs are kept in {self.runtime_dir / 'ray' / 'session_latest' / 'logs'}")
         else:
@@ -137,7 +146,7 @@ class LocalCluster:
         self._say("starting Ray")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, 4),  # bookkeeping only: replicas book a tenth each
+            num_cpus=math.ceil(booked_cpus(self._resolved.config)) + 1,  # bookkeeping only: everything finds a place
             include_dashboard=False,
             namespace="serve",
             log_to_driver=False,
@@ -213,18 +222,28 @@ def embedded_checkpoint(say: Say) -> Path:
     say("making the embedded checkpoint (once)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        _make_nano(partial)
+        if not folder.exists():  # another process may have been faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _make_nano(folder: Path) -> None:
     # In a process of its own, since it imports transformers, which the cluster's owner does not need.
     made = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "make-checkpoint", str(partial), "--preset", "nano"],
+        [sys.executable, "-m", "deploy.cli", "make-checkpoint", str(folder), "--preset", "nano"],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
+        timeout=MAKE_TIMEOUT_S,
     )
     if made.returncode:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConfigError(f"could not make the embedded checkpoint: {made.stderr.strip().splitlines()[-1:]}")
-    partial.rename(folder)
-    return folder
+        raise ConfigError(
+            f"could not make the embedded checkpoint: {(made.stderr.strip() or 'no reason given')[-300:]}"
+        )
 
 
 def _progress(app: "ApplicationStatusOverview") -> str:
@@ -250,22 +269,31 @@ def _last_sentence(message: str) -> str:
     return (ours or lines or ["no reason given"])[-1]
 
 
-def _in_main_thread() -> bool:
-    import threading
+def booked_cpus(config: DeploymentConfig) -> float:
+    """CPUs that all replicas book from Ray, the controller and Serve's own actors included."""
+    groups = config.experts.groups * config.experts.replicas * config.experts.num_cpus
+    parts = (config.router, config.attention, config.gateway)
+    return groups + sum(part.replicas * part.num_cpus for part in parts) + 1
 
+
+def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _descendants(pid: int) -> list:
-    import psutil
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C or `down` must not leave half of the cluster behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ()
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    return psutil.Process(pid).children(recursive=True)
 
-
-def _end(processes: list) -> None:
+def _end(processes: list[psutil.Process]) -> None:
     """Makes sure that what we started is gone: an engine's child can outlive a Serve replica that was killed."""
-    import psutil
-
     _, alive = psutil.wait_procs(processes, timeout=5)
     for process in alive:
         process.kill()

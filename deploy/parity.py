@@ -8,7 +8,7 @@ import argparse
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from deploy.config import DEFAULT_CONFIG, DeploymentConfig, Resolved, check_mach
 from deploy.local import LocalCluster, RunningCluster, embedded_checkpoint
 from deploy.parity_show import as_json, table
 from deploy.parity_traffic import MAX_PROMPT, Question, answers_alone, answers_under_load, make_prompts
-from deploy.parity_verdict import Answers, Pass, Reference, judge
+from deploy.parity_verdict import Answers, Pass, Reference, Verdict, judge
 from deploy.reference import Forced, Job, ReferenceProcess, Report
 from experts.checkpoint import open_checkpoint
 from experts.errors import ConfigError
@@ -57,6 +57,14 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ConfigError where the cluster cannot be compared, ServingError where it or the reference did not answer.
     """
+    # Ray prints to stdout when it ends; the verdict alone belongs there.
+    with redirect_stdout(sys.stderr):
+        verdict, running = _compare(args)
+    print(as_json(verdict, running) if args.json else table(verdict, running))
+    return 0 if verdict.holds else 1
+
+
+def _compare(args: argparse.Namespace) -> tuple[Verdict, RunningCluster]:
     subject = _subject(args)
     with ReferenceProcess(threads=subject.resolved.config.attention.threads) as reference:
         with _cluster(subject) as running:
@@ -68,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
         if report is None:  # there was no memory for both at a time
             reference.start(_reference_arguments(subject))
             report = _report(reference, subject, answers)
-    verdict = judge(subject.dtype, _passes(report), _measured(report))
-    print(as_json(verdict, running) if args.json else table(verdict, running))
-    return 0 if verdict.holds else 1
+    return judge(subject.dtype, _passes(report), _measured(report)), running
 
 
 def _subject(args: argparse.Namespace) -> Subject:
@@ -118,14 +124,7 @@ def _check_match(running: RunningCluster, args: argparse.Namespace) -> None:
 
 
 def _of_running(running: RunningCluster) -> Resolved:
-    overrides: dict[str, object] = {
-        "model.checkpoint": running.checkpoint,
-        "model.dtype": running.dtype,
-        "model.max_model_len": running.max_model_len,
-        "experts.groups": running.num_groups,
-        "attention.replicas": running.attention_replicas,
-    }
-    return resolve(load(DEFAULT_CONFIG, overrides), embedded=None)
+    return resolve(DeploymentConfig.model_validate(running.config), embedded=None)
 
 
 def _own(args: argparse.Namespace) -> Resolved:

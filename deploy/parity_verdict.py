@@ -1,4 +1,4 @@
-"""Whether the cluster said what one unmodified vLLM process says: DESIGN's first promise as a pure function.
+"""Whether the cluster said what one unmodified vLLM process says: the first promise as a pure function.
 
 float32: every sequence is the one that vLLM gives when it gets all prompts together. Nothing less holds.
 

@@ -66,6 +66,11 @@ def _members(members: list[dict[str, object]]) -> list[str]:
     lines = [f"{'member':<36}{'pid':<9}holds"]
     for kind in ("experts", "router", "attention"):
         for member in by_kind[kind]:
-            holds = f"group {member['group']}: {member['num_experts']} experts a layer" if kind == "experts" else ""
+            holds = _held(member) if kind == "experts" else ""
             lines.append(f"{member['member_id']:<36}{member['pid']:<9}{holds}")
     return lines
+
+
+def _held(member: Mapping[str, object]) -> str:
+    first, count = cast("int", member["first_expert"]), cast("int", member["num_experts"])
+    return f"group {member['group']}: experts {first} to {first + count - 1} of each layer"

@@ -4,8 +4,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
-
 
 class Settings(BaseModel):
     """A section of the config file: read once, never changed, unknown keys refused."""

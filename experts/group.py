@@ -24,6 +24,7 @@ from experts.wire import Limits
 log = logging.getLogger(__name__)
 
 SILENCE_LIMIT_S = 10.0  # a data-plane thread that has not come round for this long is stuck
+MAX_FAILED_IN_A_ROW = 5  # a device that has failed for good fails everything
 PROGRESS_EVERY_S = 2.0
 
 
@@ -63,14 +64,14 @@ class ExpertGroup:
         checkpoint = open_checkpoint(model.checkpoint)
         shape = checkpoint.shape
         held = shape.home_experts(group, model.num_groups)
-        check_memory(checkpoint, len(held), model.torch_dtype)
+        check_memory(checkpoint, len(held), model.torch_dtype, on_gpu=config.num_gpus > 0)
         weights = load_group(checkpoint, held, model.torch_dtype, on_progress=_progress(group))
         if config.num_gpus > 0:
             for layer in weights:
                 weights[layer] = weights[layer].to(torch.device("cuda"))
         self._member_id, self._node_id, self._pid = own_ids()
         self._group = group
-        self._num_held = len(held)
+        self._held = held
         incarnation = fresh_incarnation()
         self._server = ExpertServer(
             make_expert_ffn(weights, path=config.compute),
@@ -93,6 +94,10 @@ class ExpertGroup:
         """Raises where the data-plane thread is gone or stuck; Serve replaces the replica then."""
         if not self._server.is_alive() or self._server.silent_s > SILENCE_LIMIT_S:
             raise RuntimeError(f"experts-{self._group}: data plane silent for {self._server.silent_s:.1f} s")
+        if self._server.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+            raise RuntimeError(f"experts-{self._group}: the last {self._server.failed_in_a_row} batches failed")
+        if not self._lease.is_alive():
+            raise RuntimeError(f"experts-{self._group}: its lease is not renewed any more")
 
     def __del__(self) -> None:
         if hasattr(self, "_lease"):
@@ -109,15 +114,16 @@ class ExpertGroup:
             node_id=self._node_id,
             pid=self._pid,
             group=self._group,
-            num_experts=self._num_held,
+            first_expert=self._held.start,
+            num_experts=len(self._held),
             details=tuple((name, str(counts[name])) for name in ("rows", "batches", "joined", "nacks")),
         )
 
 
-def check_memory(checkpoint: Checkpoint, num_experts_held: int, dtype: torch.dtype) -> None:
+def check_memory(checkpoint: Checkpoint, num_experts_held: int, dtype: torch.dtype, *, on_gpu: bool) -> None:
     """Raises ConfigError where the experts of one replica do not fit into the memory that is free."""
-    needed = resident_bytes(checkpoint, num_experts_held, dtype, on_cpu=True)
-    free = psutil.virtual_memory().available
+    needed = resident_bytes(checkpoint, num_experts_held, dtype, on_cpu=not on_gpu)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
             f"an expert group needs {needed / 2**30:.1f} GiB for {num_experts_held} experts a layer, and "

@@ -45,6 +45,21 @@ def listen(address: str) -> tuple[socket.socket, str]:
     return server, address
 
 
+def socket_id(address: str) -> int | None:
+    """What tells a Unix socket's file from a later one of the same name; None for TCP."""
+    scheme, _, path = address.partition(":")
+    return os.stat(path).st_ino if scheme == "unix" else None
+
+
+def unlink_if_ours(address: str, known_id: int | None) -> None:
+    """Removes a Unix socket's file, unless a successor has put its own there."""
+    try:
+        if known_id is not None and socket_id(address) == known_id:
+            os.unlink(address.partition(":")[2])
+    except OSError:
+        pass  # gone already, with its folder
+
+
 def connect(address: str, secret: bytes, identity: Identity, *, timeout_s: float) -> tuple[socket.socket, Welcome]:
     """A blocking, authenticated connection. Raises LinkError (HandshakeError) within `timeout_s`."""
     deadline = time.monotonic() + timeout_s

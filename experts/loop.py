@@ -13,8 +13,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from experts.errors import HandshakeError, LinkError
-from experts.handshake import HELLO_BYTES, Identity, Role, ServerSide, Welcome
-from experts.link import Bytes, Conn, listen, tune
+from experts.handshake import HELLO_BYTES, Role, ServerSide, Welcome
+from experts.link import Bytes, Conn, listen, socket_id, tune, unlink_if_ours
 from experts.wire import Header, Limits
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class DataPlaneLoop(threading.Thread):
             secret, fingerprint=fingerprint, incarnation=incarnation, group=group, roles=roles
         )
         self._listener, self.address = listen(address)
+        self._socket_id = socket_id(self.address)
         self._epoll = select.epoll()
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)  # a loop that is stuck must not hang those who post to it
@@ -105,6 +106,11 @@ class DataPlaneLoop(threading.Thread):
 
     # For subclasses, on the loop's thread.
 
+    def beat(self) -> float:
+        """Says that the loop is alive, also in the middle of long work; the time, on time.monotonic()."""
+        self._beat_s = time.monotonic()
+        return self._beat_s
+
     def adopt(self, sock: socket.socket, welcome: Welcome, *, name: str) -> Conn:
         """Takes over a link that was opened, and authenticated, from this side."""
         conn = Conn(sock, self.limits, name=name)
@@ -153,7 +159,7 @@ class DataPlaneLoop(threading.Thread):
             while self._posted:
                 self._posted.popleft()()
             self.on_pass()
-            self._beat_s = now_s = time.monotonic()
+            now_s = self.beat()
             if now_s >= next_tick_s:
                 self._expire(now_s)
                 self.on_tick(now_s)
@@ -172,6 +178,9 @@ class DataPlaneLoop(threading.Thread):
             except LinkError as error:
                 # Both a dead peer and a malformed frame end this link, and no other.
                 self._refuse(conn, type(error).__name__, str(error))
+            except Exception as error:  # a bug of ours, that one frame has found: it ends that link only
+                log.exception("frame not served", extra={"link": conn.name})
+                self._refuse(conn, "internal", str(error))
 
     def _serve(self, conn: Conn, event: int) -> None:
         if conn.peer is None:
@@ -187,7 +196,10 @@ class DataPlaneLoop(threading.Thread):
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            # Out of file descriptors, most likely: the next tick asks again, and not the next moment.
+            log.warning("link not accepted", extra={"reason": str(error)})
+            self._epoll.modify(self._listener.fileno(), 0)
             return
         if len(self._shaking) >= MAX_PENDING_HANDSHAKES:
             # The oldest goes: an honest peer proves itself in a moment, those who only hold a place do not.
@@ -226,6 +238,7 @@ class DataPlaneLoop(threading.Thread):
         self.drop(conn, reason)
 
     def _expire(self, now_s: float) -> None:
+        self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
         for fd, (_, deadline_s) in list(self._shaking.items()):
             if now_s > deadline_s:
                 self._refuse(self._conns[fd], "handshake", "no proof in time")
@@ -244,12 +257,7 @@ class DataPlaneLoop(threading.Thread):
             conn.peer = None  # no on_close: nobody is left to react
             self.drop(conn, "stopping")
         self._listener.close()
+        unlink_if_ours(self.address, self._socket_id)
         self._epoll.close()
         self._waker.close()
         self._wakee.close()
-
-
-def identity_of(conn: Conn) -> Identity:
-    """The peer of a link that was accepted, once `on_open` was called for it."""
-    assert isinstance(conn.peer, Identity)
-    return conn.peer

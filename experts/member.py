@@ -14,7 +14,8 @@ from experts.placement import Member
 log = logging.getLogger(__name__)
 
 RENEW_S = 1.0
-CONTROLLER_TIMEOUT_S = 10.0
+CONTROLLER_TIMEOUT_S = 2.0  # below the lease: a slow answer must not cost a member its place
+LEAVE_TIMEOUT_S = 3.0
 
 
 class Lease(threading.Thread):
@@ -29,18 +30,20 @@ class Lease(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            self._call("renew", self._describe())
+            self._call("renew", lambda member: (member,))
             self._stopped.wait(RENEW_S)
+        self._call("leave", lambda member: (member.member_id, member.incarnation))
 
     def stop(self) -> None:
         """Leaves the cluster: nothing is sent here from now on."""
+        # This thread says so, since Serve stops a replica on its event loop, where nothing may be waited for.
         self._stopped.set()
-        member = self._describe()
-        self._call("leave", member.member_id, member.incarnation)
+        self.join(LEAVE_TIMEOUT_S)
 
-    def _call(self, method: str, *args: object) -> None:
+    def _call(self, method: str, arguments: Callable[[Member], tuple[object, ...]]) -> None:
         try:
-            getattr(self._controller, method).remote(*args).result(timeout_s=CONTROLLER_TIMEOUT_S)
+            response = getattr(self._controller, method).remote(*arguments(self._describe()))
+            response.result(timeout_s=CONTROLLER_TIMEOUT_S)
         except Exception as error:  # Ray raises many kinds for a controller that restarts; all of them mean: later
             log.warning("controller not reached", extra={"method": method, "reason": str(error)[:200]})
 

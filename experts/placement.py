@@ -18,6 +18,7 @@ class Member:
     node_id: str
     pid: int
     group: int = -1  # expert groups only
+    first_expert: int = 0  # global id; it holds this one and the num_experts - 1 after it
     num_experts: int = 0  # held per MoE layer
     details: tuple[tuple[str, str], ...] = ()  # for people: shown by `expertmesh status`
 

@@ -80,6 +80,7 @@ class ExpertServer(DataPlaneLoop):
         self._local[np.asarray(held)] = np.arange(len(held), dtype=np.int32)
         self._waiting: list[Rows[Question]] = []
         self.counts: Counter[str] = Counter()
+        self.failed_in_a_row = 0  # batches that could not be computed; a health check asks
 
     def on_frame(self, conn: Conn, header: Header, payload: memoryview) -> None:
         if header.kind is not Kind.ROWS or header.dtype is not self._dtype:
@@ -97,7 +98,9 @@ class ExpertServer(DataPlaneLoop):
         for batch in join(waiting):
             try:
                 y = self._ffn(batch.layer, batch.x, batch.pairs)
+                self.failed_in_a_row = 0
             except (RuntimeError, ValueError) as error:
+                self.failed_in_a_row += 1
                 # Out of memory, most likely: another copy may have more, and these rows must not end this one.
                 log.exception("rows not computed", extra={"layer": batch.layer, "rows": len(batch.x)}, exc_info=error)
                 for asker, _ in batch.parts:
@@ -107,6 +110,7 @@ class ExpertServer(DataPlaneLoop):
             self.counts["rows"] += len(batch.x)
             self.counts["batches"] += 1
             self.counts["joined"] += len(batch.parts)
+            self.beat()  # a long pass is work, not a stuck thread
 
     def _nack(self, conn: Conn, layer: int, seq: int) -> None:
         self.counts["nacks"] += 1

@@ -69,7 +69,7 @@ class MoEShape:
 def routing_of(config: Mapping[str, object]) -> dict[str, object]:
     """The routing fields of MoEShape, read from a checkpoint's config.json.
 
-    Follows what vLLM does for the same file (it is the reference, DESIGN.md section 6): models with `n_group`
+    Follows what vLLM does for the same file (it is the reference): models with `n_group`
     go through its grouped path, whatever `topk_method` says; `norm_topk_prob` is obeyed where it is written.
 
     Raises ConfigError for a method, a scoring function or a field that we do not know.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from experts.errors import FrameError, LinkError
+from experts.errors import FrameError
 from experts.handshake import Identity, Role, Welcome
 from experts.link import Bytes, Conn, connect
 from experts.loop import DataPlaneLoop
@@ -168,7 +168,7 @@ class RouterServer(DataPlaneLoop):
         self._pending.discard(replica)
         try:
             sock, welcome = future.result()
-        except LinkError as error:
+        except Exception as error:  # LinkError for what a network does; whatever else it is, it is tried again
             log.info("expert replica not reached", extra={"replica": replica.member_id, "reason": str(error)})
             return
         if replica not in self.dispatcher.placement.replicas or not _is(welcome, replica):

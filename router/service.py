@@ -59,6 +59,8 @@ class Router:
         """Raises where the data-plane thread is gone or stuck; Serve replaces the replica then."""
         if not self._server.is_alive() or self._server.silent_s > SILENCE_LIMIT_S:
             raise RuntimeError(f"router: data plane silent for {self._server.silent_s:.1f} s")
+        if not (self._lease.is_alive() and self._watcher.is_alive()):
+            raise RuntimeError("router: it does not hear from the controller any more")
 
     def __del__(self) -> None:
         if hasattr(self, "_lease"):

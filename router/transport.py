@@ -1,6 +1,6 @@
 """How rows reach expert replicas: one small protocol, and its implementations that need no socket.
 
-The socket implementation is router/service.py. `InProcessTransport` computes where it stands;
+The socket implementation is router/server.py. `InProcessTransport` computes where it stands;
 `FaultyTransport` delays, reorders, loses and cuts, from a seed, for tests.
 """
 
@@ -76,8 +76,12 @@ class FaultyTransport(InProcessTransport):
     ) -> None:
         super().__init__(experts, hidden_size=hidden_size)
         self._random = random.Random(seed)  # noqa: S311  (faults, not secrets)
+        self.cut: set[str] = set()  # member ids that cannot be reached now
         self._lost = lost
         self._doubled = doubled
+
+    def send_rows(self, replica: Replica, header: Header, parts: Sequence[Bytes]) -> bool:
+        return replica.member_id not in self.cut and super().send_rows(replica, header, parts)
 
     def take(self) -> Answer | None:
         while self.answers:

@@ -122,7 +122,7 @@ def test_status_shows_every_part_and_who_holds_which_experts(cluster: Cluster) -
     table = cluster.run("status").stdout
     for name in ("gateway", "controller", "router", "attention", "experts-0", "experts-3", "placement version"):
         assert name in table
-    assert "group 3: 8 experts a layer" in table
+    assert "group 3: experts 24 to 31 of each layer" in table
     status = json.loads(cluster.run("status", "--json").stdout)
     assert len([m for m in status["controller"]["members"] if m["kind"] == "experts"]) == 4
     assert status["controller"]["missing_groups"] == []

@@ -253,12 +253,24 @@ def test_a_proof_that_does_not_come_is_given_up(echo: Echo, monkeypatch: pytest.
     assert not echo.opened and not echo.closed
 
 
+def test_a_frame_that_finds_a_bug_of_ours_ends_its_own_link_only(echo: Echo) -> None:
+    link, other = open_link(echo), open_link(echo)
+    say(link, b"crash")
+    with pytest.raises(LinkError):
+        hear(link)
+    say(other, b"still here")
+    assert hear(other) == b"still here"
+    assert echo.refused["internal"] == 1
+    link.close()
+    other.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_loop_that_dies_of_a_bug_resets_its_links_at_once(tmp_path: Path) -> None:
     echo = Echo(f"unix:{tmp_path}/e")
     echo.start()
     link, other = open_link(echo), open_link(echo)
-    say(link, b"crash")
+    echo.post(lambda: {}["a bug"])
     with pytest.raises(LinkError):
         hear(other)
     echo.join(5)
