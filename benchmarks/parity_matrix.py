@@ -1,6 +1,6 @@
 """`expertmesh parity` for every number of expert groups, data type and number of attention replicas, as one table.
 
-    python -m benchmarks.parity_matrix [--prompts 16] [--tokens 32] [--out FILE] [--resume]
+    python -m benchmarks.parity_matrix [--prompts 16] [--tokens 32] [--dtype NAME] [--out FILE] [--resume]
 
 Each case starts a cluster of its own and takes a few minutes on two cores. Results are kept in a file as they come;
 with `--resume` a run that was interrupted goes on where it stopped.
@@ -25,13 +25,15 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where results are kept, one JSON object a line")
+    parser.add_argument("--dtype", choices=DTYPES, help="this one only")
     parser.add_argument("--resume", action="store_true", help="keep the results that are there, of the same code")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         args.out.unlink(missing_ok=True)
     done = _read(args.out)
-    cases = list(itertools.product(ATTENTION, DTYPES, GROUPS))
+    dtypes = DTYPES if args.dtype is None else (args.dtype,)
+    cases = list(itertools.product(ATTENTION, dtypes, GROUPS))
     for number, (attention, dtype, groups) in enumerate(cases, start=1):
         name = f"D={groups} {dtype} attention={attention} {args.prompts}x{args.tokens}"
         if name not in done:
