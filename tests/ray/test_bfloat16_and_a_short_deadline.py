@@ -1,4 +1,4 @@
-"""A cluster in bfloat16 whose steps may take two seconds: parity as it is defined there, and errors that come in time."""
+"""A cluster in bfloat16 whose steps may take two seconds: parity as defined there, and errors that come in time."""
 
 import json
 import os
