@@ -103,6 +103,7 @@ def test_a_killed_attention_engine_ends_its_requests_with_a_typed_error(cluster:
         request.end()
         request.assert_right_or_typed(expected)
     right_again(cluster, expected)
+    cluster.wait_for_engines(2, without=victim)
 
 
 def test_a_killed_controller_is_not_missed(cluster: Cluster, expected: list[int]) -> None:

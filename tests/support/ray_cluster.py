@@ -48,8 +48,14 @@ class Cluster:
 
     def engine_pids(self) -> set[int]:
         """Processes of the attention engines: the children of the attention replicas."""
-        replicas = [psutil.Process(member["pid"]) for member in self.members("attention")]
-        return {c.pid for replica in replicas for c in replica.children(recursive=True) if "EngineCore" in c.name()}
+        found: set[int] = set()
+        for member in self.members("attention"):
+            try:
+                children = psutil.Process(member["pid"]).children(recursive=True)
+                found |= {child.pid for child in children if "EngineCore" in child.name()}
+            except psutil.NoSuchProcess:
+                pass  # killed, and its lease has not run out yet
+        return found
 
     def generate(self, ids: list[int], num_tokens: int, *, timeout_s: float = 120) -> list[int]:
         """Greedy tokens over gRPC. Raises grpc.RpcError."""
@@ -58,6 +64,18 @@ class Cluster:
         )
         with grpc.insecure_channel(self.grpc) as channel:
             return list(pb_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s).token_ids)
+
+    def wait_for_engines(self, count: int, *, without: int, timeout_s: float = 120) -> None:
+        """Until `count` attention engines run, none of them with the pid `without`, and their replicas are healthy."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            status = self.status()
+            if status["controller"] and status["deployments"]["attention"]["status"] == "HEALTHY":
+                pids = self.engine_pids()
+                if len(pids) == count and without not in pids:
+                    return
+            time.sleep(0.5)
+        raise AssertionError(f"no {count} engines without pid {without} after {timeout_s} s")
 
     def wait_for(self, kind: str, count: int, *, without: int, timeout_s: float = 60) -> None:
         """Until `count` members of a kind are alive, none of them with the pid `without`."""
