@@ -117,14 +117,14 @@ class LocalCluster:
         import ray
         from ray import serve
 
-        if ray.is_initialized():
-            children = psutil.Process().children(recursive=True)
-            with _undisturbed():
-                try:
+        children = psutil.Process().children(recursive=True)
+        with _undisturbed():
+            try:
+                if ray.is_initialized():
                     serve.shutdown()
-                finally:
-                    ray.shutdown()
-                    _end(children)
+            finally:
+                ray.shutdown()
+                _end(children)  # also where Ray has not come up as far as that it could end them itself
         for secret in ("secret", "ray_token"):
             (self.runtime_dir / secret).unlink(missing_ok=True)
         if keep_logs and (self.runtime_dir / "ray").exists():
@@ -145,15 +145,19 @@ class LocalCluster:
 
         self._say("starting Ray")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        ray.init(
-            num_cpus=math.ceil(booked_cpus(self._resolved.config)) + 1,  # bookkeeping only: everything finds a place
-            include_dashboard=False,
-            namespace="serve",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=128 << 20,
-            _temp_dir=str(self.runtime_dir / "ray"),
-        )
+        try:
+            ray.init(
+                # Bookkeeping only: as many as are booked, so that everything finds a place.
+                num_cpus=math.ceil(booked_cpus(self._resolved.config)) + 1,
+                include_dashboard=False,
+                namespace="serve",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=128 << 20,
+                _temp_dir=str(self.runtime_dir / "ray"),
+            )
+        except Exception as error:  # Ray has no error of its own for a start that failed
+            raise StartError(f"Ray did not start: {_last_sentence(str(error))}; is this machine overloaded?") from error
         if _in_main_thread():
             # Ray's own handler of SIGTERM ends the process on the spot, and would leave everything else running.
             for number, handler in handlers.items():
