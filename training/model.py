@@ -1,0 +1,156 @@
+"""The nano model for training: transformers' DeepSeek-V2, its routed layers with balance losses and token dropping."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+from router.balance import BalanceFactors, balance_factors, kept_pairs
+
+# DeepSeek-V2's own structure and latent dimensions, everything else as small as it may be.
+NANO: Mapping[str, object] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 128,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 2,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 6,
+    "n_group": 8,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Routed:
+    """What the routed layers of one forward pass share; set it before the pass, read it after."""
+
+    capacity_factor: float | None = None  # None drops nothing
+    exempt: Tensor | None = None  # [num_tokens] bool, tokens that are never dropped
+    max_groups: int | None = None  # devices a token may visit; None is the config's topk_group
+    factors: list[BalanceFactors] = field(default_factory=list)  # by layer, in order
+    topk_idx: list[Tensor] = field(default_factory=list)  # by layer: [num_tokens, top_k]
+    dropped: list[Tensor] = field(default_factory=list)  # by layer: share of the rows that were dropped
+
+    def clear(self) -> None:
+        """Forgets the last pass, keeps the settings."""
+        self.factors.clear()
+        self.topk_idx.clear()
+        self.dropped.clear()
+
+
+class BalancedMoe(nn.Module):
+    """A DeepseekV2Moe, sharing its parameters, that reports its balance and may drop tokens."""
+
+    def __init__(self, moe: DeepseekV2Moe, routed: Routed) -> None:
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = moe.gate, moe.experts, moe.shared_experts
+        self._config = moe.config
+        self._routed = routed
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: [batch, length, hidden_size], any float dtype; the same shape comes back."""
+        config, routed = self._config, self._routed
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):  # the gate is in float32 whatever the rest is in
+            scores = functional.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)
+        topk_idx = self._choose(scores.detach())
+        weights = scores.gather(1, topk_idx)
+        routed.factors.append(
+            balance_factors(scores, topk_idx, num_groups=config.n_group, max_groups=config.topk_group)
+        )
+        routed.topk_idx.append(topk_idx)
+        if routed.capacity_factor is not None:
+            kept = kept_pairs(
+                topk_idx,
+                weights.detach(),
+                num_experts=config.n_routed_experts,
+                num_groups=config.n_group,
+                capacity_factor=routed.capacity_factor,
+                exempt=routed.exempt,
+            )
+            routed.dropped.append(1 - kept.float().mean())
+            weights = weights * kept
+        y = experts_sum(self.experts, x, topk_idx, weights * config.routed_scaling_factor)
+        return y.view_as(hidden_states) + self.shared_experts(hidden_states)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """[num_tokens, top_k] int64, ascending: device-limited routing (DeepSeek-V2, 2.2.2).
+
+        Fewer than top_k where `max_groups` devices have fewer experts.
+        """
+        config = self._config
+        max_groups = self._routed.max_groups or config.topk_group
+        by_group = scores.view(len(scores), config.n_group, -1)
+        top_k = min(config.num_experts_per_tok, max_groups * by_group.shape[-1])
+        best = by_group.max(dim=-1).values.topk(max_groups, dim=-1).indices
+        closed = torch.ones(by_group.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
+        open_scores = by_group.masked_fill(closed.unsqueeze(-1), -1.0).view_as(scores)
+        return open_scores.topk(top_k, dim=-1).indices.sort(dim=-1).values
+
+
+def experts_sum(experts: nn.Module, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
+    """[num_tokens, hidden_size]: each token's experts, weighted and summed.
+
+    One matrix product an expert over the tokens that chose it, which are gathered once for all experts.
+    """
+    num_experts = experts.gate_up_proj.shape[0]
+    order = topk_idx.reshape(-1).argsort(stable=True)
+    token = order // topk_idx.shape[1]
+    counts = torch.bincount(topk_idx.reshape(-1), minlength=num_experts).tolist()
+    outputs = []
+    for expert, rows in enumerate(x[token].split(counts)):
+        gate, up = functional.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        outputs.append(functional.linear(functional.silu(gate) * up, experts.down_proj[expert]))
+    y = torch.cat(outputs) * weights.reshape(-1)[order].unsqueeze(1).to(x.dtype)
+    return torch.zeros_like(x).index_add_(0, token, y)
+
+
+def build(fields: Mapping[str, object] = NANO, *, seed: int) -> tuple[DeepseekV2ForCausalLM, Routed]:
+    """A fresh model in float32 and the handle to its routed layers; the same seed gives the same numbers."""
+    torch.manual_seed(seed)
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**fields))
+    return model, instrument(model)
+
+
+def instrument(model: DeepseekV2ForCausalLM) -> Routed:
+    """Puts BalancedMoe in the place of every routed layer; parameter names stay what they were."""
+    routed = Routed()
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, DeepseekV2Moe):
+            layer.mlp = BalancedMoe(layer.mlp, routed)
+    return routed
