@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VLLM ?= cpu
 STAMP := $(VENV)/.installed-$(VLLM)
 
-.PHONY: help setup check format test serve parity clean
+.PHONY: help setup check format test serve parity nano clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ serve: setup ## a cluster on this machine, until Ctrl-C
 
 parity: setup ## the cluster's tokens against one vLLM process, for every D, dtype and number of attention replicas
 	$(BIN)/python -m benchmarks.parity_matrix
+
+nano: setup ## the embedded checkpoint, trained anew (two hours on two cores; goes on where it was stopped)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[nano]'
+	$(BIN)/python -m training
 
 clean: ## what setup and the runs have left
 	rm -rf $(VENV) .expertmesh .pytest_cache .hypothesis .ruff_cache

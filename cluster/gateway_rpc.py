@@ -22,6 +22,7 @@ from vllm.outputs import RequestOutput
 from vllm.renderers import BaseRenderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from cluster.drop_mark import take_mark
 from cluster.gateway_errors import Refusal, RefusedStream, refusal_of
 from cluster.gateway_health import Health, serving_status
 from cluster.gateway_run import Engine, run
@@ -227,6 +228,7 @@ def _response(request_id: str, output: RequestOutput) -> pb.GenerateResponse:
         completion_tokens=len(choice.token_ids),
         request_id=request_id,
         logprobs=_logprobs(choice.token_ids, choice.logprobs),
+        dropped_rows=take_mark(output),
     )
 
 
@@ -242,6 +244,7 @@ def _chunk(request_id: str, output: RequestOutput, num_new_tokens: int) -> pb.Ge
         chunk.finish_reason = choice.finish_reason or ""
         chunk.prompt_tokens = len(output.prompt_token_ids or ())
         chunk.completion_tokens = num_new_tokens
+        chunk.dropped_rows = take_mark(output)
     return chunk
 
 

@@ -23,7 +23,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.v1.engine.input_processor import InputProcessor
 
+from cluster.drop_mark import take_mark
 from cluster.gateway_errors import Refusal, refusal_of
+from cluster.gateway_mark import MARK, Mark
 from cluster.gateway_run import Engine, run
 from cluster.validate import Limits, check_length
 
@@ -91,12 +93,14 @@ class ForwardingClient(_WithoutEngine):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Forwards a rendered prompt; raises errors that vLLM's server turns into the right status."""
         admission = ADMISSION.get(Admission(asyncio.get_running_loop().time() + self._request_timeout_s))
+        mark = MARK.get(Mark())
         ids = cast("list[int]", prompt["prompt_token_ids"])
         try:
             check_length(len(ids), admission.max_tokens, self._limits)
             answers = run(self._engine, ids, sampling_params, request_id, deadline=admission.deadline)
             async with aclosing(answers) as outputs:
                 async for output in outputs:
+                    mark.dropped_rows += take_mark(output)
                     yield output
         except Exception as exc:
             refusal = refusal_of(exc)

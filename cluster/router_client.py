@@ -130,6 +130,7 @@ class RouterClient:
                 return None
             if header.kind is not Kind.ANSWER or header.num_rows != asked.num_rows or header.dtype is not asked.dtype:
                 raise LinkError(f"the router answered with {header.kind.name} of {header.num_rows} rows")
+            self._step.dropped_rows += header.num_extra
             return header, payload
 
     def _open(self, deadline_s: float) -> None:

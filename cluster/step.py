@@ -1,4 +1,4 @@
-"""The step that an engine is computing: its deadline, and whether it has been poisoned.
+"""The step that an engine is computing: its deadline, whether it has been poisoned, and what was left out of it.
 
 An exception inside a layer would kill vLLM's engine and every request in it (docs/adr/0004).
 So a layer that cannot be computed returns zeros and poisons the step, and the scheduler of the same process
@@ -14,11 +14,13 @@ class Step:
     def __init__(self) -> None:
         self._reason: str | None = None
         self._deadline_s: float | None = None
+        self.dropped_rows = 0  # that the router left out of this step's answers, see router.capacity_factor
 
     def begin(self) -> None:
         """A new step is scheduled; nothing is left of the one before."""
         self._reason = None
         self._deadline_s = None
+        self.dropped_rows = 0
 
     def deadline_s(self, timeout_s: float) -> float:
         """When this step has to be over, on time.monotonic(): `timeout_s` after its first layer asked."""

@@ -72,12 +72,16 @@ def _check_members(version: str) -> None:
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.request import RequestStatus
 
     expected = {
         "RoutedExperts is a PluggableLayer": issubclass(RoutedExperts, PluggableLayer),
         "there is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED": hasattr(SharedExpertsOrder, "MK_INTERNAL_OVERLAPPED"),
         "there is RequestStatus.FINISHED_ERROR": hasattr(RequestStatus, "FINISHED_ERROR"),
+        "there is EngineCoreOutput.routed_experts": "routed_experts" in EngineCoreOutput.__struct_fields__,
+        "there is CompletionOutput.routed_experts": "routed_experts" in CompletionOutput.__dataclass_fields__,
         "there is SchedulerConfig.max_num_scheduled_tokens": hasattr(SchedulerConfig, "max_num_scheduled_tokens"),
     }
     for name in ("is_monolithic", "mk_can_overlap_shared_experts"):

@@ -125,6 +125,8 @@ def check_config(vllm_config: VllmConfig) -> None:
         "LoRA": vllm_config.lora_config is not None,
         "graph capture or compilation (set enforce_eager)": not vllm_config.model_config.enforce_eager,
         "async scheduling": bool(vllm_config.scheduler_config.async_scheduling),
+        # Their place in an answer is taken, see cluster/drop_mark.py.
+        "returning routed experts": vllm_config.aux_output_config.enabled,
         # Poison is handed from the worker to the scheduler inside one process.
         "an executor other than uni": parallel.distributed_executor_backend != "uni",
     }

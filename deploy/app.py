@@ -18,7 +18,7 @@ APP_NAME = "expertmesh"
 def build(args: dict[str, object]) -> Application:
     """The application. args: `config` (a DeploymentConfig as a dict, its checkpoint a folder) and `runtime_dir`."""
     config = DeploymentConfig.model_validate(args["config"])
-    resolved = resolve(config, embedded=None)
+    resolved = resolve(config)
     model = ServedModel(
         checkpoint=str(resolved.checkpoint.path),
         dtype=resolved.dtype,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deploy import make_checkpoint, parity
 from deploy.config import DEFAULT_CONFIG, check_machine, load, resolve, state_dir
-from deploy.local import START_TIMEOUT_S, LocalCluster, RunningCluster, embedded_checkpoint
+from deploy.local import START_TIMEOUT_S, LocalCluster, RunningCluster
 from experts.errors import ConfigError, ExpertmeshError
 
 STOP_TIMEOUT_S = 60.0
@@ -97,9 +97,7 @@ def _up(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"a cluster is running already (pid {running.pid}, {running.http}); `expertmesh down` ends it"
         )
-    config = load(args.config)
-    embedded = embedded_checkpoint(_say) if config.model.checkpoint == "embedded" else None
-    resolved = resolve(config, embedded=embedded)
+    resolved = resolve(load(args.config))
     check_machine(resolved)
     if args.detach:
         return _detach(args)

@@ -22,6 +22,7 @@ from experts.wire import Limits
 from router.config import RouterConfig
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "laptop.yaml"
+EMBEDDED = Path(__file__).parent / "nano"  # the checkpoint that comes with the package
 MAX_FRAME_BYTES = 1 << 30  # every link keeps a buffer for the largest message
 CPU_KV_LORA_RANK, CPU_ROPE_HEAD_DIM = 512, 64  # the only shape of vLLM's CPU_MLA backend
 
@@ -84,15 +85,10 @@ def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> Dep
         raise ConfigError(f"{file}: {_first_problem(error)}") from None
 
 
-def resolve(config: DeploymentConfig, *, embedded: Path | None) -> Resolved:
-    """Opens the checkpoint and refuses what could not be served. Raises ConfigError.
-
-    embedded: folder of the checkpoint that `embedded` stands for; None where there is none.
-    """
+def resolve(config: DeploymentConfig) -> Resolved:
+    """Opens the checkpoint and refuses what could not be served. Raises ConfigError."""
     named = config.model.checkpoint
-    if named == "embedded" and embedded is None:
-        raise ConfigError("model.checkpoint is embedded, and there is no embedded checkpoint here: name a folder")
-    folder = embedded if named == "embedded" and embedded is not None else Path(named)
+    folder = EMBEDDED if named == "embedded" else Path(named)
     checkpoint = open_checkpoint(folder.absolute())
     dtype = config.model.dtype
     if dtype == "auto":

@@ -7,8 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 import psutil
 
 from deploy.config import DeploymentConfig, Resolved, pinned, state_dir
-from experts.errors import ConfigError, ExpertmeshError
+from experts.errors import ExpertmeshError
 from experts.handshake import write_secret
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 600.0
 POLL_S = 1.0
-MAKE_TIMEOUT_S = 300.0
 Say = Callable[[str], None]
 
 
@@ -216,38 +213,6 @@ def prepare_ray_environment(runtime_dir: Path) -> None:
         "VLLM_CONFIG_ROOT": str(runtime_dir / "vllm"),
         "HF_HUB_OFFLINE": "1",
     }
-
-
-def embedded_checkpoint(say: Say) -> Path:
-    """The folder of the embedded checkpoint; made on first use, in seconds, the same on every machine."""
-    folder = state_dir() / "checkpoints" / "nano-v1"
-    if (folder / "config.json").exists():
-        return folder
-    say("making the embedded checkpoint (once)")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        _make_nano(partial)
-        if not folder.exists():  # another process may have been faster
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _make_nano(folder: Path) -> None:
-    # In a process of its own, since it imports transformers, which the cluster's owner does not need.
-    made = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "make-checkpoint", str(folder), "--preset", "nano"],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=MAKE_TIMEOUT_S,
-    )
-    if made.returncode:
-        raise ConfigError(
-            f"could not make the embedded checkpoint: {(made.stderr.strip() or 'no reason given')[-300:]}"
-        )
 
 
 def _progress(app: "ApplicationStatusOverview") -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from deploy.config import DEFAULT_CONFIG, DeploymentConfig, Resolved, check_machine, load, memory_needed, resolve
-from deploy.local import LocalCluster, RunningCluster, embedded_checkpoint
+from deploy.local import LocalCluster, RunningCluster
 from deploy.parity_show import as_json, table
 from deploy.parity_traffic import MAX_PROMPT, Question, answers_alone, answers_under_load, make_prompts
 from deploy.parity_verdict import Answers, Pass, Reference, Verdict, judge
@@ -86,6 +86,7 @@ def _subject(args: argparse.Namespace) -> Subject:
     else:
         _check_match(running, args)
         resolved = _of_running(running)
+    _check_nothing_is_dropped(resolved.config)
     vocab_size = resolved.checkpoint.config.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise ConfigError(f"{resolved.checkpoint.path}/config.json has no vocab_size")
@@ -123,8 +124,17 @@ def _check_match(running: RunningCluster, args: argparse.Namespace) -> None:
             )
 
 
+def _check_nothing_is_dropped(config: DeploymentConfig) -> None:
+    factor = config.router.capacity_factor
+    if factor is not None:
+        raise ConfigError(
+            f"router.capacity_factor is {factor:g}, so rows may be dropped, and tokens need not be vLLM's: compare a "
+            "cluster that leaves it out"
+        )
+
+
 def _of_running(running: RunningCluster) -> Resolved:
-    return resolve(DeploymentConfig.model_validate(running.config), embedded=None)
+    return resolve(DeploymentConfig.model_validate(running.config))
 
 
 def _own(args: argparse.Namespace) -> Resolved:
@@ -139,8 +149,7 @@ def _own(args: argparse.Namespace) -> Resolved:
         if value is not None:
             overrides[key] = value
     config = _within_context(load(args.config or DEFAULT_CONFIG, overrides), args.checkpoint)
-    embedded = embedded_checkpoint(_say) if config.model.checkpoint == "embedded" else None
-    resolved = resolve(config, embedded=embedded)
+    resolved = resolve(config)
     check_machine(resolved)
     return resolved
 

@@ -12,6 +12,11 @@ from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 from experts.errors import ServingError
 
+_DROPPED = (
+    "expertmesh generate: {} rows were dropped in the steps of this answer (router.capacity_factor), so it may be "
+    "another than it would have been"
+)
+
 
 def status_table(status: Mapping[str, object]) -> str:
     """The status as text for a terminal. status: what /expertmesh/status answers."""
@@ -52,10 +57,18 @@ def generate(address: str, prompt: str, *, max_tokens: int, temperature: float, 
         call = cast("grpc.Call", error)
         raise ServingError(f"{address}: {call.code().name}: {call.details()}") from None
     if as_json:
-        answer = {"prompt": prompt, "text": "".join(text), "token_ids": token_ids, "finish_reason": last.finish_reason}
+        answer = {
+            "prompt": prompt,
+            "text": "".join(text),
+            "token_ids": token_ids,
+            "finish_reason": last.finish_reason,
+            "dropped_rows": last.dropped_rows,
+        }
         print(json.dumps(answer))
-    else:
-        print()
+        return 0
+    print()
+    if last.dropped_rows:
+        print(_DROPPED.format(last.dropped_rows), file=sys.stderr)
     return 0
 
 

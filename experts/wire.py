@@ -7,7 +7,7 @@ own one buffer, sized once from `Limits`.
 | kind     | from -> to          | payload                                                              |
 | -------- | ------------------- | -------------------------------------------------------------------- |
 | QUESTION | attention -> router | x [num_rows, hidden], logits [num_rows, num_extra]                   |
-| ANSWER   | router -> attention | y [num_rows, hidden]                                                 |
+| ANSWER   | router -> attention | y [num_rows, hidden], without num_extra dropped rows                 |
 | ROWS     | router -> experts   | x [num_rows, hidden]; row, expert int32 [num_extra], weight float32  |
 | PARTIAL  | experts -> router   | partial sums [num_rows, hidden], float32                             |
 | NACK     | experts -> router   | none: the replica does not hold an expert it was asked for           |
@@ -87,7 +87,7 @@ class Header(NamedTuple):
     logits_dtype: DType = DType.FLOAT32
     layer: int = 0  # index in the model; in a FAILURE frame the FailureCode
     num_rows: int = 0
-    num_extra: int = 0  # QUESTION: num_experts; ROWS: pairs (row, expert); FAILURE: bytes of text
+    num_extra: int = 0  # QUESTION: num_experts; ANSWER: dropped rows; ROWS: pairs (row, expert); FAILURE: bytes of text
     budget_ms: int = 0  # QUESTION: how long the asker will wait
     scale: float = 1.0  # QUESTION: factor on the routing weights
     seq: int = 0  # an answer carries its question's
@@ -195,9 +195,14 @@ def payload_bytes(header: Header, limits: Limits) -> int:
         if not num_rows <= num_extra <= num_rows * limits.top_k:
             raise FrameError(f"ROWS frame has {num_extra} pairs for {num_rows} rows, top_k is {limits.top_k}")
         return x_bytes + num_extra * PAIR_BYTES
+    if kind is Kind.ANSWER:
+        # A token is a row of at most top_k groups, and a group that has rows (at most num_rows) keeps one of them.
+        if num_extra > (num_rows - 1) * limits.top_k:
+            raise FrameError(f"ANSWER frame has {num_extra} dropped rows for {num_rows}, top_k is {limits.top_k}")
+        return x_bytes
     if num_extra:
-        raise FrameError(f"{kind.name} frame with num_extra {num_extra}")
-    if kind is Kind.PARTIAL and header.dtype is not DType.FLOAT32:
+        raise FrameError(f"PARTIAL frame with num_extra {num_extra}")
+    if header.dtype is not DType.FLOAT32:
         raise FrameError("PARTIAL frame that is not float32")
     return x_bytes
 

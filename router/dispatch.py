@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from experts.errors import FrameError
 from experts.placement import Placement, Replica
 from experts.wire import DType, Header, Kind
-from router.plan import GroupRows, make_plan
+from router.drop import drop_rows
+from router.plan import GroupRows, count_rows, make_plan
 from router.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Job(Generic[Asker]):
     deadline_s: float
     errands: list["Errand[Asker]"] = field(default_factory=list)
     waiting: int = 0  # errands without a partial sum
+    dropped_rows: int = 0  # rows beyond their groups' budgets, which are not in the answer
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -66,12 +68,21 @@ class Dispatcher(Generic[Asker]):
     """All questions of one router. Events return what is finished: (asker, answer or failure)."""
 
     def __init__(
-        self, gate: Gate, transport: Transport, *, num_experts: int, num_groups: int, dispatch_timeout_s: float
+        self,
+        gate: Gate,
+        transport: Transport,
+        *,
+        num_experts: int,
+        num_groups: int,
+        dispatch_timeout_s: float,
+        capacity_factor: float | None = None,
     ) -> None:
+        """capacity_factor: rows that a group may have in one question, in mean loads of a group; None: all of them."""
         self._gate = gate
         self._transport = transport
         self._num_experts = num_experts
         self._dispatch_timeout_s = dispatch_timeout_s
+        self._capacity_factor = capacity_factor
         self.placement = Placement(version=0, num_groups=num_groups)
         self._jobs: dict[Asker, Job[Asker]] = {}
         self._asked: dict[int, Errand[Asker]] = {}  # by seq
@@ -93,8 +104,15 @@ class Dispatcher(Generic[Asker]):
             topk_idx, topk_weights = self._gate(header.layer, logits, header.logits_dtype, header.scale)
         except ValueError as error:  # such as a factor on a path that has none: the asker's fault, and its link's end
             raise FrameError(f"the gate refuses the question: {error}") from None
-        plan = make_plan(topk_idx, topk_weights, num_experts=self._num_experts, num_groups=self.placement.num_groups)
-        job = Job(asker=asker, header=header, x=x, deadline_s=now_s + header.budget_ms / 1000, waiting=len(plan))
+        plan, dropped_rows = self._plan(topk_idx, topk_weights)
+        job = Job(
+            asker=asker,
+            header=header,
+            x=x,
+            deadline_s=now_s + header.budget_ms / 1000,
+            waiting=len(plan),
+            dropped_rows=dropped_rows,
+        )
         job.errands = [Errand(job=job, rows=rows) for rows in plan]
         self._jobs[asker] = job
         for errand in job.errands:
@@ -163,6 +181,17 @@ class Dispatcher(Generic[Asker]):
         return [(job.asker, self._give_up(job)) for job in late]
 
     # What follows from them.
+
+    def _plan(self, topk_idx: NDArray[np.int32], topk_weights: NDArray[np.float32]) -> tuple[list[GroupRows], int]:
+        """The rows to send, and how many were dropped for a group's budget; counts both."""
+        num_groups = self.placement.num_groups
+        plan = make_plan(topk_idx, topk_weights, num_experts=self._num_experts, num_groups=num_groups)
+        self.counts["rows"] += count_rows(plan)
+        if self._capacity_factor is None:
+            return plan, 0
+        plan, dropped_rows = drop_rows(plan, capacity_factor=self._capacity_factor, num_groups=num_groups)
+        self.counts["dropped_rows"] += dropped_rows
+        return plan, dropped_rows
 
     def _send(self, errand: Errand[Asker], now_s: float) -> None:
         """Asks the best copy that owes nothing for this errand; parks the rows where nobody is left to wait for."""

@@ -48,3 +48,8 @@ def make_plan(
         pairs[2] = flat_weight[chosen]
         plan.append(GroupRows(group=group, tokens=token[first], pairs=pairs))
     return plan
+
+
+def count_rows(plan: list[GroupRows]) -> int:
+    """R: how often any token visits any group."""
+    return sum(len(rows.tokens) for rows in plan)

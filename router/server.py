@@ -37,6 +37,7 @@ class RouterServer(DataPlaneLoop):
         limits: Limits,
         num_groups: int,
         dispatch_timeout_s: float,
+        capacity_factor: float | None = None,
     ) -> None:
         super().__init__(
             address=address,
@@ -56,6 +57,7 @@ class RouterServer(DataPlaneLoop):
             num_experts=limits.num_experts,
             num_groups=num_groups,
             dispatch_timeout_s=dispatch_timeout_s,
+            capacity_factor=capacity_factor,
         )
         self._connecting = ThreadPoolExecutor(max_workers=4, thread_name_prefix="router-connect")
         self._links: dict[Replica, Conn] = {}
@@ -129,7 +131,14 @@ class RouterServer(DataPlaneLoop):
     def _answer(self, job: Job[Conn]) -> None:
         header = job.header
         y = to_wire(combine(job), header.dtype, truncate=header.truncate)
-        answer = Header(Kind.ANSWER, dtype=header.dtype, layer=header.layer, num_rows=len(y), seq=header.seq)
+        answer = Header(
+            Kind.ANSWER,
+            dtype=header.dtype,
+            layer=header.layer,
+            num_rows=len(y),
+            num_extra=job.dropped_rows,
+            seq=header.seq,
+        )
         self.send(job.asker, answer, y.data.cast("B"))
 
     def _fail(self, conn: Conn, failure: Failure) -> None:

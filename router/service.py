@@ -48,6 +48,7 @@ class Router:
             limits=Limits.of(checkpoint.shape, max_rows=model.max_rows),
             num_groups=model.num_groups,
             dispatch_timeout_s=config.dispatch_timeout_s,
+            capacity_factor=config.capacity_factor,
         )
         self._server.start()
         self._watcher = PlacementWatcher(controller, self._server)
@@ -71,7 +72,7 @@ class Router:
     def _describe(self) -> Member:
         dispatcher = self._server.dispatcher
         counts = dispatcher.counts
-        names = ("reroutes", "nacks", "timeouts", "late_answers", "failures")
+        names = ("rows", "dropped_rows", "reroutes", "nacks", "timeouts", "late_answers", "failures")
         return Member(
             kind="router",
             member_id=self._member_id,

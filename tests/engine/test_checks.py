@@ -178,6 +178,7 @@ REFUSED = [
     ("parallel_config", "distributed_executor_backend", "mp", "an executor other than uni"),
     ("model_config", "enforce_eager", False, "graph capture or compilation"),
     ("scheduler_config", "async_scheduling", True, "async scheduling"),
+    ("aux_output_config", "enabled", True, "returning routed experts"),
     (None, "speculative_config", object(), "speculative decoding"),
     (None, "lora_config", object(), "LoRA"),
 ]
@@ -196,6 +197,7 @@ def config() -> SimpleNamespace:
         ),
         model_config=SimpleNamespace(enforce_eager=True),
         scheduler_config=SimpleNamespace(async_scheduling=False),
+        aux_output_config=SimpleNamespace(enabled=False),
         speculative_config=None,
         lora_config=None,
     )

@@ -24,6 +24,7 @@ def headers(draw: st.DrawFn) -> Header:
     num_rows = 0 if kind in (Kind.NACK, Kind.FAILURE) else draw(st.integers(1, LIMITS.max_rows))
     extra = {
         Kind.QUESTION: st.just(LIMITS.num_experts),
+        Kind.ANSWER: st.integers(0, max(num_rows - 1, 0) * LIMITS.top_k),
         Kind.ROWS: st.integers(num_rows, num_rows * LIMITS.top_k),
         Kind.FAILURE: st.integers(0, MAX_TEXT_BYTES),
     }

@@ -24,7 +24,15 @@ Rows = NDArray[np.float32]
 class Bench:
     """Askers are names; answers and failures are collected by them."""
 
-    def __init__(self, shape: MoEShape, *, num_groups: int, seed: int = 0, doubled: float = 0.0) -> None:
+    def __init__(
+        self,
+        shape: MoEShape,
+        *,
+        num_groups: int,
+        seed: int = 0,
+        doubled: float = 0.0,
+        capacity_factor: float | None = None,
+    ) -> None:
         self.shape = shape
         self.num_groups = num_groups
         self.now_s = 100.0
@@ -46,7 +54,12 @@ class Bench:
         self._random = random.Random(seed)
         self._faulty = FaultyTransport({}, hidden_size=hidden, seed=seed, doubled=doubled)
         self.dispatcher: Dispatcher[str] = Dispatcher(
-            self._gate, self, num_experts=shape.num_experts, num_groups=num_groups, dispatch_timeout_s=1.0
+            self._gate,
+            self,
+            num_experts=shape.num_experts,
+            num_groups=num_groups,
+            dispatch_timeout_s=1.0,
+            capacity_factor=capacity_factor,
         )
 
     # Replicas.

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from engine_runs import Outcome, Prompts
 
+from cluster.drop_mark import take_mark
+
 if TYPE_CHECKING:
     from vllm import LLM
     from vllm.outputs import RequestOutput
@@ -75,6 +77,9 @@ class Child:
                 moved.add(output.request_id)
         return {request_id: asdict(self._outcomes[request_id]) for request_id in sorted(moved)}
 
+    def outcome(self, request_id: str) -> dict[str, object]:
+        return asdict(self._outcomes[request_id])
+
     def margins(self, prompt: list[int], tokens: list[int]) -> list[float]:
         from vllm import SamplingParams
 
@@ -129,6 +134,7 @@ def _outcome(output: "RequestOutput") -> Outcome:
         tokens=list(completion.token_ids),
         finish_reason=completion.finish_reason,
         stop_reason=None if completion.stop_reason is None else str(completion.stop_reason),
+        dropped_rows=take_mark(output),
     )
 
 

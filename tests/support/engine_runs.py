@@ -41,6 +41,7 @@ class Outcome:
     tokens: list[int]
     finish_reason: str | None  # None: it goes on
     stop_reason: str | None
+    dropped_rows: int = 0  # in its steps; known when it is finished
 
 
 class EngineProcess:

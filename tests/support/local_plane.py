@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 class LocalPlane:
     """Begins empty; `start_router` and `start_group` may be called, and undone, at any time."""
 
-    def __init__(self, checkpoint: str | Path, *, dtype: str, num_groups: int, max_rows: int = 512) -> None:
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        dtype: str,
+        num_groups: int,
+        max_rows: int = 512,
+        capacity_factor: float | None = None,
+    ) -> None:
+        self._capacity_factor = capacity_factor
         self._folder = tempfile.TemporaryDirectory(prefix="em-")
         self.model = ServedModel(
             checkpoint=str(checkpoint),
@@ -82,6 +91,7 @@ class LocalPlane:
             limits=self.limits,
             num_groups=self.model.num_groups,
             dispatch_timeout_s=dispatch_timeout_s,
+            capacity_factor=self._capacity_factor,
         )
         self.router.start()
         self._publish()
@@ -137,8 +147,17 @@ class PlaneProcess:
     Needed beside an engine in the test's own process: vLLM's start trips over numba being imported there.
     """
 
-    def __init__(self, checkpoint: str | Path, *, dtype: str, num_groups: int, max_rows: int = 512) -> None:
-        command = [sys.executable, __file__, str(checkpoint), dtype, str(num_groups), str(max_rows)]
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        dtype: str,
+        num_groups: int,
+        max_rows: int = 512,
+        capacity_factor: float | None = None,
+    ) -> None:
+        numbers = json.dumps({"num_groups": num_groups, "max_rows": max_rows, "capacity_factor": capacity_factor})
+        command = [sys.executable, __file__, str(checkpoint), dtype, numbers]
         root = Path(__file__).parents[2]
         self._process = subprocess.Popen(
             command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, stdin=PIPE, stdout=PIPE, text=True
@@ -200,9 +219,9 @@ def _serve(plane: LocalPlane, verb: str, arguments: list[int]) -> str:
 
 
 def main() -> None:
-    checkpoint, dtype, num_groups, max_rows = sys.argv[1:]
+    checkpoint, dtype, numbers = sys.argv[1:]
     torch.set_num_threads(1)
-    with LocalPlane(checkpoint, dtype=dtype, num_groups=int(num_groups), max_rows=int(max_rows)) as plane:
+    with LocalPlane(checkpoint, dtype=dtype, **json.loads(numbers)) as plane:
         plane.start()
         print(json.dumps(asdict(plane.model)), flush=True)
         for line in sys.stdin:

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import grpc
 import httpx
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -21,6 +22,7 @@ from cluster.gateway_errors import RefusedStream
 from cluster.gateway_guard import Guard
 from cluster.gateway_health import DeploymentHealth, Health
 from cluster.gateway_http import build_http_app
+from cluster.gateway_mark import MarkedAnswers
 from cluster.gateway_rpc import Rpc, model_info_of
 from cluster.gateway_vllm import ForwardingClient, vllm_config_of
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
@@ -64,6 +66,7 @@ class FakeEngine:
         self.then: Exception | None = None
         self.finish_reason = "length"
         self.delay_s = 0.0
+        self.dropped_rows = [0]  # in the steps of a request, taken in turn
         self.seen: list[SamplingParams] = []
         self.aborted = 0
 
@@ -94,6 +97,9 @@ class FakeEngine:
             logprobs=None,
             finish_reason=self.finish_reason if last else None,
         )
+        if last:
+            self.dropped_rows.append(dropped_rows := self.dropped_rows.pop(0))
+            choice.routed_experts = np.array([dropped_rows]) if dropped_rows else None
         ids = prompt["prompt_token_ids"]
         assert isinstance(ids, list)
         return RequestOutput(request_id, None, ids, None, [choice], last)
@@ -158,7 +164,8 @@ class Front:
 
     def request(self, method: str, path: str, **kwargs: object) -> httpx.Response:
         async def send() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gateway") as client:
+            transport = httpx.ASGITransport(MarkedAnswers(self.app))  # as the ingress has it
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
                 return await client.request(method, path, **kwargs)  # type: ignore[arg-type]
 
         return self.loop.run_until_complete(send())

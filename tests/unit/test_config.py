@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deploy import config as config_module
-from deploy.config import DEFAULT_CONFIG, Resolved, check_machine, load, memory_needed, resolve, state_dir
+from deploy.config import DEFAULT_CONFIG, EMBEDDED, Resolved, check_machine, load, memory_needed, resolve, state_dir
 from experts.errors import ConfigError
 
 
@@ -47,10 +47,23 @@ def changed(nano: Path, tmp_path: Path, **fields: object) -> Path:
 def resolved(checkpoint: Path | str, file: Path, **overrides: object) -> Resolved:
     file.write_text("")
     named = {name.replace("__", "."): value for name, value in overrides.items()}
-    return resolve(load(file, {"model.checkpoint": str(checkpoint), **named}), embedded=None)
+    return resolve(load(file, {"model.checkpoint": str(checkpoint), **named}))
 
 
 # The file.
+
+
+@pytest.mark.parametrize("text", ["0", "-1.5", ".inf", ".nan", "'1.25'", "true"])
+def test_a_capacity_factor_is_a_number_above_0(file: Path, text: str) -> None:
+    assert "router.capacity_factor" in refusal(file, f"router: {{capacity_factor: {text}}}")
+
+
+@pytest.mark.parametrize(("text", "value"), [("null", None), ("1.25", 1.25), ("2", 2.0)])
+def test_a_capacity_factor_may_be_left_out(file: Path, text: str, value: float | None) -> None:
+    file.write_text(f"router: {{capacity_factor: {text}}}")
+    assert load(file).router.capacity_factor == value
+    file.write_text("")
+    assert load(file).router.capacity_factor is None
 
 
 def test_the_default_file_loads_and_an_empty_one_means_the_defaults(file: Path) -> None:
@@ -70,7 +83,7 @@ def test_overrides_win_over_the_file(file: Path) -> None:
         ("expert: {groups: 4}", "unknown key expert; did you mean experts?"),
         ("experts: {group: 4}", "unknown key experts.group; did you mean groups?"),
         ("model: {max_model_length: 9}", "unknown key model.max_model_length; did you mean max_model_len?"),
-        ("router: {qqq: 1}", "unknown key router.qqq; known: replicas, dispatch_timeout_s, num_cpus"),
+        ("router: {qqq: 1}", "unknown key router.qqq; known: replicas, dispatch_timeout_s, capacity_factor, num_cpus"),
         ("qqq: {}", "unknown key qqq; known: model, gateway, attention, router, experts"),
         ("1: 2", "keys should be strings"),
         ("experts: {groups: four}", "experts.groups is 'four'"),
@@ -132,11 +145,10 @@ def test_a_checkpoint_is_opened_and_named(nano: Path, file: Path) -> None:
     assert resolved(nano, file, model__max_model_len=16, attention__max_num_seqs=64).max_rows == 64
 
 
-def test_embedded_stands_for_the_folder_that_is_given(nano: Path, file: Path) -> None:
+def test_embedded_is_the_checkpoint_that_comes_with_the_package(file: Path) -> None:
     file.write_text("")
-    assert resolve(load(file), embedded=nano).served_name == "expertmesh-nano"
-    with pytest.raises(ConfigError, match="there is no embedded checkpoint here: name a folder"):
-        resolve(load(file), embedded=None)
+    found = resolve(load(file))
+    assert (found.served_name, found.checkpoint.path) == ("expertmesh-nano", EMBEDDED)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path, file: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_config_keys_default_and_type_are_as_explained(section: str, key: str)
     if get_origin(field.annotation) is Literal:
         assert kind.replace("`", "").split(", ") == list(get_args(field.annotation))
     else:
-        names = {int: "int", float: "float", str: "string", str | None: "string"}
+        names = {int: "int", float: "float", float | None: "float", str: "string", str | None: "string"}
         assert kind.split(",")[0] == names[field.annotation]  # type: ignore[index]
 
 

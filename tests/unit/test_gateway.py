@@ -203,3 +203,51 @@ def test_model_info_tells_the_experts(front: Front) -> None:
     info = front.rpc.model_info
     assert (info.name, info.dtype, info.max_model_len, info.vocab_size) == ("nano", "float32", CONTEXT, 259)
     assert (info.num_experts, info.top_k, info.num_model_groups, info.topk_group) == (16, 4, 8, 3)
+
+
+def test_an_answer_for_which_rows_were_dropped_says_so_on_every_surface(front: Front) -> None:
+    front.engine.dropped_rows = [12]
+    completion = front.post("/v1/completions", prompt="hello")
+    chat = front.post("/v1/chat/completions", messages=[{"role": "user", "content": "hé"}])
+    for answer in (completion, chat):
+        assert answer.json()["expertmesh"] == {"dropped_rows": 12}
+        assert int(answer.headers["content-length"]) == len(answer.content)
+        assert answer.json()["choices"][0].get("routed_experts") is None
+    assert completion.json()["choices"][0]["text"] == "abc"
+    assert front.generate(prompt="hello")[0].dropped_rows == 12
+    assert [chunk.dropped_rows for chunk in front.stream(prompt="hello")[0]] == [0, 0, 12]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_says_it_in_the_chunk_that_ends_the_choice_and_in_the_usage(front: Front, path: str) -> None:
+    front.engine.dropped_rows = [12]
+    asked = {"prompt": "hello"} if "chat" not in path else {"messages": [{"role": "user", "content": "hi"}]}
+    text = front.post(path, **asked, stream=True, stream_options={"include_usage": True}).text
+    *events, done, rest = text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    ends = [bool(chunk.get("usage")) or bool(chunk["choices"][0]["finish_reason"]) for chunk in chunks]
+    assert ends[-2:] == [True, True] and not any(ends[:-2])
+    assert [chunk.get("expertmesh") for chunk in chunks] == [{"dropped_rows": 12} if end else None for end in ends]
+
+
+def test_the_dropped_rows_of_several_prompts_are_added(front: Front) -> None:
+    front.engine.dropped_rows = [5, 0, 7]
+    assert front.post("/v1/completions", prompt=["a", "b", "c"]).json()["expertmesh"] == {"dropped_rows": 12}
+    events = front.post("/v1/completions", prompt=["a", "b", "c"], stream=True).text.split("\n\n")
+    assert json.loads(events[-3].removeprefix("data: "))["expertmesh"] == {"dropped_rows": 12}
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
+def test_an_answer_with_all_its_rows_says_nothing_of_them(front: Front) -> None:
+    front.post("/v1/completions", prompt="hello")
+    for stream in (False, True):
+        assert "expertmesh" not in front.post("/v1/completions", prompt="hello", stream=stream).text
+
+
+def test_an_error_after_dropped_rows_is_the_error(front: Front) -> None:
+    front.engine.dropped_rows = [3]
+    front.engine.finish_reason = "error"
+    for stream in (False, True):
+        answer = front.post("/v1/completions", prompt="hello", stream=stream)
+        assert "expertmesh" not in answer.text and '"error"' in answer.text

@@ -1,12 +1,17 @@
 """The verdict of `expertmesh parity` on cases made by hand, and the small pure parts around it."""
 
+import argparse
+import json
 from pathlib import Path
 
 import pytest
 
+from deploy import parity
+from deploy.local import RunningCluster
 from deploy.parity_traffic import MAX_PROMPT, MIN_PROMPT, make_prompts
 from deploy.parity_verdict import Answers, Composition, Pass, Reference, Verdict, judge, last_place
 from deploy.reference import change
+from experts.errors import ConfigError
 
 TOGETHER = ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14, 15, 16))
 NO_MARGINS = ((0.0,) * 4,) * 4
@@ -176,3 +181,30 @@ def test_prompts_without_a_tokenizer_are_random_ids_of_the_vocabulary(tmp_path: 
     lengths = {len(prompt) for prompt in prompts}
     assert min(lengths) == MIN_PROMPT and max(lengths) <= MAX_PROMPT and len(lengths) > 20
     assert len(set(map(tuple, prompts))) == 40
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_cluster_that_may_drop_rows_is_not_compared(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_running: bool
+):
+    config = {"model": {"checkpoint": str(nano), "max_model_len": 256}, "router": {"capacity_factor": 1.25}}
+    running = RunningCluster(
+        pid=1,
+        http="",
+        grpc="",
+        model="nano",
+        checkpoint=str(nano),
+        dtype="float32",
+        num_groups=4,
+        attention_replicas=1,
+        max_model_len=256,
+        log_dir="",
+        config=config,
+        started_s=0.0,
+    )
+    monkeypatch.setattr(RunningCluster, "find", lambda: running if is_running else None)
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    parser = argparse.ArgumentParser()
+    parity.add_arguments(parser)
+    with pytest.raises(ConfigError, match=r"router\.capacity_factor is 1\.25, so rows may be dropped"):
+        parity.run(parser.parse_args([] if is_running else ["--config", str(tmp_path / "c.yaml")]))

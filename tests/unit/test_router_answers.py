@@ -46,6 +46,23 @@ def test_answers_to_other_questions_are_skipped(
     router.join()
 
 
+def test_the_dropped_rows_of_a_steps_answers_are_added_and_those_of_skipped_ones_are_not(
+    plane: LocalPlane, step: Step, reference: Reference, tmp_path: Path
+) -> None:
+    def scene(link: BlockingLink) -> None:
+        for dropped_rows in (2, 0, 3):
+            asked = question_on(link)
+            answer_with(link, Header(Kind.ANSWER, num_rows=9, num_extra=7, seq=asked.seq + 1), 13.0)
+            answer_with(link, Header(Kind.ANSWER, num_rows=2, num_extra=dropped_rows, seq=asked.seq), 1.0)
+
+    router = PlayedRouter(plane, tmp_path, [scene])
+    engine = Engine(plane, step, step_timeout_s=3, address=router.address)
+    for _ in range(3):
+        engine.layer(reference.question(2))
+    assert step.dropped_rows == 5 and not step.poisoned
+    router.join()
+
+
 def test_an_answer_that_does_not_fit_the_question_is_asked_again_over_a_new_link(
     plane: LocalPlane, step: Step, reference: Reference, tmp_path: Path
 ) -> None:

@@ -192,3 +192,16 @@ def test_the_start_of_an_engine_waits_for_its_router_and_says_why_not(plane: Loc
     missing = Engine(plane, step, step_timeout_s=1, address="unix:/tmp/no-such-router.sock")
     with pytest.raises(LinkError, match=r"no router within 0\.2 s: .*No such file"):
         missing.client.connect(timeout_s=0.2)
+
+
+def test_the_step_knows_how_many_rows_a_router_with_a_capacity_dropped(nano: Path, step: Step) -> None:
+    with LocalPlane(nano, dtype="float32", num_groups=2, max_rows=16, capacity_factor=0.5) as plane:
+        plane.start()
+        ensure_all_is_up(plane)
+        engine = Engine(plane, step, step_timeout_s=4.0)
+        engine.layer(Reference(plane).question(12))
+        assert plane.router is not None
+        counts = plane.router.dispatcher.counts
+        # Twelve tokens at two groups: half of their mean is at most six rows for each.
+        assert step.dropped_rows == counts["dropped_rows"] >= counts["rows"] // 2 - 1 > 0
+        engine.client._lose_link()

@@ -48,3 +48,11 @@ def test_taking_the_reason_ends_the_deadline_too() -> None:
     time.sleep(0.01)
     step.take()
     assert step.deadline_s(10.0) > first
+
+
+def test_dropped_rows_are_of_one_step() -> None:
+    step = Step()
+    for end in (step.begin, step.take):
+        step.dropped_rows += 3
+        end()
+        assert step.dropped_rows == 0

@@ -68,6 +68,7 @@ def test_dimensions_whose_product_wraps_to_the_declared_length_are_refused() -> 
         Header(Kind.ROWS, num_rows=0, num_extra=0),
         Header(Kind.ANSWER, num_rows=0),
         Header(Kind.ANSWER, num_rows=1, num_extra=1),
+        Header(Kind.ANSWER, num_rows=3, num_extra=13),
         Header(Kind.PARTIAL, num_rows=1, dtype=DType.BFLOAT16),
         Header(Kind.NACK, num_rows=1),
         Header(Kind.NACK, num_extra=1),
@@ -79,6 +80,10 @@ def test_dimensions_whose_product_wraps_to_the_declared_length_are_refused() -> 
 def test_what_may_not_be_received_can_not_be_sent_either(header: Header) -> None:
     with pytest.raises(FrameError):
         encode(header, LIMITS)
+
+
+def test_an_answer_says_how_many_rows_were_dropped_as_far_as_each_group_kept_one() -> None:
+    assert decode(encode(Header(Kind.ANSWER, num_rows=3, num_extra=12), LIMITS), LIMITS)[0].num_extra == 12
 
 
 def test_payload_lengths_are_those_of_the_table() -> None:
