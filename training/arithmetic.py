@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from training.loop import TrainConfig, read_log
 from training.text import Source
 
 # What the checkpoint was meant to reach; the report says of each whether it does.
-BALANCED_MARK = 0.85  # balancedness with the losses, at least
-UNBALANCED_MARK = 0.5  # balancedness without them, less
+DEVICE_MARK = 0.85  # balancedness of devices, in every routed layer at least
+EXPERT_MARK = 0.5  # balancedness of experts, on average over the routed layers at least
 BITS_MARK = 2.0  # bits per byte of the held-out text, less
 
 BFLOAT16_BYTES = 2
@@ -268,3 +269,13 @@ def cache_table(models: Mapping[str, Attention]) -> str:
         ]
         rows.append((name, f"{model.latent * BFLOAT16_BYTES:,}", *others))
     return table(("", "latent", "multi-head, 2 x n_h x d_h", "multi-head, as wide as the model's own"), rows)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+    return f"{fence}text\n{text}\n{fence}"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports]  # in an installation without `nano`
-from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from training.arithmetic import FACTORS, WITH, WITHOUT, Results

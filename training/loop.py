@@ -20,6 +20,8 @@ from router.balance import BalanceFactors, BalanceWeights
 from training.model import NANO, Routed, build
 from training.state import load_state, save_snapshot, save_state
 
+BETAS = (0.9, 0.95)  # of AdamW, as in the paper (DeepSeek-V2, 3.1.2)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -176,7 +178,7 @@ def _optimizer(model: DeepseekV2ForCausalLM, config: TrainConfig) -> torch.optim
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=BETAS, fused=True)
 
 
 def _keep_config(config: TrainConfig, folder: Path) -> None:

@@ -128,15 +128,16 @@ def experts_sum(experts: nn.Module, x: Tensor, topk_idx: Tensor, weights: Tensor
 
     One matrix product an expert over the tokens that chose it, which are gathered once for all experts.
     """
-    num_experts = experts.gate_up_proj.shape[0]
+    # Taken apart once: a slice an expert would cost a gradient of the whole tensor for each of them.
+    into, out_of = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
     order = topk_idx.reshape(-1).argsort(stable=True)
     token = order // topk_idx.shape[1]
-    counts = torch.bincount(topk_idx.reshape(-1), minlength=num_experts).tolist()
+    counts = torch.bincount(topk_idx.reshape(-1), minlength=len(into)).tolist()
     outputs = []
-    for expert, rows in enumerate(x[token].split(counts)):
-        gate, up = functional.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        outputs.append(functional.linear(functional.silu(gate) * up, experts.down_proj[expert]))
-    y = torch.cat(outputs) * weights.reshape(-1)[order].unsqueeze(1).to(x.dtype)
+    for expert, rows in enumerate(x.index_select(0, token).split(counts)):
+        gate, up = functional.linear(rows, into[expert]).chunk(2, dim=-1)
+        outputs.append(functional.linear(functional.silu(gate) * up, out_of[expert]))
+    y = torch.cat(outputs) * weights.reshape(-1).index_select(0, order).unsqueeze(1).to(x.dtype)
     return torch.zeros_like(x).index_add_(0, token, y)
 
 

@@ -1,24 +1,25 @@
 """The report of the nano model, docs/nano.md: written by the recipe from what was measured, never by hand."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from training.arithmetic import (
-    BALANCED_MARK,
     BFLOAT16_BYTES,
     BITS_MARK,
     DEEPSEEK_67B,
     DEEPSEEK_V2,
+    DEVICE_MARK,
+    EXPERT_MARK,
     FACTORS,
     PAPER_BITS,
-    UNBALANCED_MARK,
     WITH,
     WITHOUT,
     Results,
     below,
     cache_table,
     change,
+    fenced,
+    mean,
     paper_saving,
     percent,
     table,
@@ -65,6 +66,10 @@ The checkpoint is the one {WITH}; the one {WITHOUT} is there to compare with.
 Each was run once, with one seed, so small differences between them mean little.
 
 {settings_table({WITH: results.balanced, WITHOUT: results.unbalanced})}
+
+The paper's alphas are 0.003, 0.05 and 0.02, for batches of millions of tokens.
+With a few thousand tokens a step they left the least even layer at 0.65 of device balancedness after 300 steps, \
+so these are larger; the loss on text was the same.
 """
 
 
@@ -114,7 +119,6 @@ The means over layers and over the first {steps:,} steps:
 def _balance(results: Results) -> str:
     after = f"after {results.unbalanced.num_steps:,} steps"
     names = {"served": "the checkpoint", "balanced": f"{WITH} {after}", "unbalanced": f"{WITHOUT} {after}"}
-    marks = {"served": BALANCED_MARK, "balanced": BALANCED_MARK, "unbalanced": UNBALANCED_MARK}
     by_name = {name: results.balancedness(name) for name in names}
     tables = [
         table(
@@ -126,11 +130,8 @@ def _balance(results: Results) -> str:
         )
         for level in ("expert", "device")
     ]
-    verdicts = "\n".join(
-        _verdict(f"{level.capitalize()} level, {names[name]}", by_name[name][level], mark)
-        for level in ("expert", "device")
-        for name, mark in marks.items()
-    )
+    served = by_name["served"]
+    others = "\n".join(_levels(title, by_name[name]) for name, title in names.items())
     return f"""
 ## How even the load is
 
@@ -145,18 +146,21 @@ The load of a device is that of its experts.
 
 {tables[1]}
 
-{WITH.capitalize()} it should be {BALANCED_MARK} or more, {WITHOUT} less than {UNBALANCED_MARK}.
+{others}
 
-{verdicts}
+The checkpoint was meant to have {DEVICE_MARK} of device balancedness in every layer and {EXPERT_MARK} of expert \
+balancedness on average.
+Its least even layer is {below(min(served["device"]), DEVICE_MARK)} {DEVICE_MARK} at device level, and its mean is \
+{below(mean(served["expert"]), EXPERT_MARK)} {EXPERT_MARK} at expert level.
 """
 
 
-def _verdict(what: str, values: Sequence[float], mark: float) -> str:
-    mean, under = sum(values) / len(values), sum(value < mark for value in values)
-    return (
-        f"- {what}: {mean:.3f} on average over the layers, {below(mean, mark)} {mark}; "
-        f"{under} of {len(values)} layers are below it, the least even one has {min(values):.3f}."
-    )
+def _levels(what: str, balancedness: Mapping[str, Sequence[float]]) -> str:
+    parts = [
+        f"{level} level {mean(values):.3f} on average, {min(values):.3f} in the least even layer"
+        for level, values in balancedness.items()
+    ]
+    return f"- {what[0].upper() + what[1:]}: {'; '.join(parts)}."
 
 
 def _dropping(results: Results) -> str:
@@ -270,7 +274,7 @@ At equal precision it is {percent(saving.equal_precision)}.
 def _samples(results: Results) -> str:
     how = ", ".join(f"{name} {value}" for name, value in SAMPLING.items())
     blocks = "\n\n".join(
-        f"{_fenced(sample['prompt'].rstrip())}\n\ngoes on as\n\n{_fenced(sample['text'])}" for sample in results.samples
+        f"{fenced(sample['prompt'].rstrip())}\n\ngoes on as\n\n{fenced(sample['text'])}" for sample in results.samples
     )
     return f"""
 ## How it writes
@@ -291,9 +295,3 @@ def _again(results: Results) -> str:
 
 def _quality(evaluation: Evaluation) -> tuple[str, str]:
     return f"{evaluation.perplexity:.2f}", f"{evaluation.bits_per_byte:.3f}"
-
-
-def _fenced(text: str) -> str:
-    """A code block whose fence is longer than any in the text."""
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
-    return f"{fence}text\n{text}\n{fence}"

@@ -54,23 +54,33 @@ PLAYS = PinnedFile(
 NOVELS_PACKAGE = "r-cran-janeaustenr"
 NOVELS_SHA256 = "1f48a6d7751aa60776b8aacf34d3b6898c46f4ee0fd103d733dd04f45e761841"
 
-# Whole documents, about 5 % of the text: two plays, a novel, and every 25th address.
+# Whole documents, about 5 % of the text: three plays, a novel's beginning, and every 16th address.
 HELD_OUT = frozenset(
     {
         "macbeth",
         "tempest",
+        "comedy_of_errors",
         "persuasion",
+        "1797-Adams-1",
         "1813-Madison-1",
-        "1838-VanBuren-1",
-        "1863-Lincoln-1",
-        "1888-Cleveland-1",
-        "1913-Wilson-1",
-        "1939-Roosevelt-1",
-        "1962-Kennedy-1",
-        "1982-Reagan-1",
-        "2011-Obama-1",
+        "1829-Jackson-1",
+        "1845-Polk-1",
+        "1861-Lincoln-1",
+        "1877-Hayes-1",
+        "1893-Cleveland-1",
+        "1909-Taft-1",
+        "1925-Coolidge-1",
+        "1942-Roosevelt-1",
+        "1957-Eisenhower-1",
+        "1972-Nixon-1",
+        "1983-Reagan-1",
+        "2002-Bush-1",
+        "2020-Trump-1",
     }
 )
+# Characters of a document that are used. A whole novel would be half of the held-out text: cut short, the three
+# sources have there the shares that they have in the training text, which is what the balance of experts is about.
+CUT_AT = {"persuasion": 200_000}
 
 
 def fetch(folder: Path) -> None:
@@ -110,7 +120,7 @@ def load_documents(folder: Path) -> list[Document]:
 
 def make_documents(source: Source, texts: Mapping[str, str]) -> list[Document]:
     """Tidied documents, without those whose text another document of the source already has."""
-    tidied = {name: tidy(text) for name, text in texts.items()}
+    tidied = {name: tidy(text[: CUT_AT.get(name)]) for name, text in texts.items()}
     first_with = {text: name for name, text in reversed(tidied.items())}
     return [
         Document(name=name, source=source, text=text, held_out=name in HELD_OUT)

@@ -16,7 +16,7 @@ from experts.config import Settings
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FILE = re.compile(r"\b(?:cluster|router|experts|deploy|tests|benchmarks)/[\w/-]+\.(?:py|yaml|proto)\b")
+FILE = re.compile(r"\b(?:cluster|router|experts|deploy|training|tests|benchmarks)/[\w/-]+\.(?:py|yaml|proto)\b")
 # In code only: behind a backtick, or by its path.
 COMMAND = re.compile(r"[`/]expertmesh ((?!COMMAND)[a-z][^`\n]*)")
 
