@@ -53,13 +53,6 @@ class DType(IntEnum):
         return 4 if self is DType.FLOAT32 else 2
 
 
-class FailureCode(IntEnum):
-    """Why a router could not answer, in the `layer` field of a FAILURE frame."""
-
-    GROUP_UNAVAILABLE = 1
-    INTERNAL = 2
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What a link may carry at most; both ends derive it from the same checkpoint and config."""
@@ -85,7 +78,7 @@ class Header(NamedTuple):
     kind: Kind
     dtype: DType = DType.FLOAT32  # of x, y or the partial sums
     logits_dtype: DType = DType.FLOAT32
-    layer: int = 0  # index in the model; in a FAILURE frame the FailureCode
+    layer: int = 0  # index in the model
     num_rows: int = 0
     num_extra: int = 0  # QUESTION: num_experts; ANSWER: dropped rows; ROWS: pairs (row, expert); FAILURE: bytes of text
     budget_ms: int = 0  # QUESTION: how long the asker will wait

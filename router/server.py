@@ -14,7 +14,7 @@ from experts.handshake import Identity, Role, Welcome
 from experts.link import Bytes, Conn, connect
 from experts.loop import DataPlaneLoop
 from experts.placement import Placement, Replica
-from experts.wire import DType, FailureCode, Header, Kind, Limits
+from experts.wire import DType, Header, Kind, Limits
 from router.dispatch import Dispatcher, Failure, Gate, Job, combine
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class RouterServer(DataPlaneLoop):
     def _fail(self, conn: Conn, failure: Failure) -> None:
         log.warning("question failed", extra={"link": conn.name, "reason": failure.reason})
         text = failure.reason.encode()
-        header = Header(Kind.FAILURE, layer=FailureCode.GROUP_UNAVAILABLE, num_extra=len(text), seq=failure.seq)
+        header = Header(Kind.FAILURE, num_extra=len(text), seq=failure.seq)
         self.send(conn, header, text)
 
     # Links to the expert replicas.
