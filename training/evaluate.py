@@ -1,7 +1,7 @@
 """What a trained model is worth on text that it has not read, and how evenly that text falls on its experts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -58,10 +58,10 @@ class Evaluation:
 
     @classmethod
     def of(cls, model: DeepseekV2ForCausalLM, routed: Routed, text: "HeldOut", *, name: str) -> Self:
-        """Reads the whole text once, in windows of LENGTH tokens, under the settings of `routed`."""
+        """Reads the text once under the settings of `routed`. What pads a shorter window takes part in dropping."""
         config, device = model.config, model.device
         nats, load, rows, dropped = 0.0, [], [], []
-        windows = list(text.windows())
+        windows = text.windows
         for start in tqdm(range(0, len(windows), BATCH_SIZE), desc=name, mininterval=2.0):
             ids, targets = _batch(windows[start : start + BATCH_SIZE], device)
             routed.clear()
@@ -88,16 +88,21 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """Documents that were kept out of training."""
+    """Text that was kept out of training, in windows."""
 
-    documents: Sequence[NDArray[np.uint16]]  # each <s>, its tokens, </s>
-    num_bytes: int
+    windows: Sequence[NDArray[np.uint16]]  # each up to LENGTH + 1 tokens, of which the first is given
+    num_bytes: int  # UTF-8 of the tokens that are predicted
 
-    def windows(self) -> Iterator[NDArray[np.uint16]]:
-        """Pieces of up to LENGTH + 1 tokens that overlap by one, so that every token but <s> is predicted once."""
-        for document in self.documents:
-            for start in range(0, len(document) - 1, LENGTH):
-                yield document[start : start + LENGTH + 1]
+    @classmethod
+    def of(cls, documents: Sequence[NDArray[np.uint16]], token_bytes: NDArray[np.int64], *, every: int = 1) -> Self:
+        """Every token of the documents but their first is predicted once, with up to LENGTH tokens before it.
+
+        documents: each <s>, its tokens, </s>. token_bytes: [vocab_size] UTF-8 bytes of each token, 0 for the marks.
+        every: keeps one window of so many, for figures that need less text.
+        """
+        windows = [doc[start : start + LENGTH + 1] for doc in documents for start in range(0, len(doc) - 1, LENGTH)]
+        kept = windows[::every]
+        return cls(windows=kept, num_bytes=sum(int(token_bytes[window[1:]].sum()) for window in kept))
 
 
 def _batch(windows: Sequence[NDArray[np.uint16]], device: torch.device) -> tuple[Tensor, Tensor]:

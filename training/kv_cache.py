@@ -18,7 +18,8 @@ def main() -> None:
     llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=512, enforce_eager=True, max_num_seqs=2)
     core = llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
     caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
-    size_bytes = sum(cache.untyped_storage().nbytes() for cache in caches)
+    storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in caches}
+    size_bytes = sum(storages.values())  # layers may be views of one allocation
     num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     block_size = llm.llm_engine.vllm_config.cache_config.block_size
     result = {

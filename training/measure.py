@@ -31,6 +31,7 @@ from training.text import load_documents
 
 CAPACITY_FACTORS = (1.0, 1.25, 1.5)
 DEVICES = (1, 2, 8)
+PART = 3
 PROMPTS = (
     "It is a truth universally acknowledged, that",
     "Fellow-Citizens of the Senate and House of Representatives:\n\n",
@@ -70,32 +71,39 @@ def baselines(work: Path) -> dict[str, float]:
 
 def evaluations(work: Path, checkpoint: Path) -> dict[str, dict[str, object]]:
     """Every evaluation of the report by name."""
-    text = read_held_out(work)
-    return {name: asdict(evaluation) for name, evaluation in _evaluations(work, checkpoint, text)}
+    return {name: asdict(evaluation) for name, evaluation in _evaluations(work, checkpoint)}
 
 
-def _evaluations(work: Path, checkpoint: Path, text: HeldOut) -> Iterator[tuple[str, Evaluation]]:
+def _evaluations(work: Path, checkpoint: Path) -> Iterator[tuple[str, Evaluation]]:
+    text, part = read_held_out(work), read_held_out(work, every=PART)
     model, routed = load_exported(checkpoint)
     yield "served", Evaluation.of(model, routed, text, name="served")
+    yield "part", Evaluation.of(model, routed, part, name="part")
     for factor in CAPACITY_FACTORS:
         routed.capacity_factor = factor
-        yield f"capacity {factor}", Evaluation.of(model, routed, text, name=f"capacity {factor}")
+        yield f"capacity {factor}", Evaluation.of(model, routed, part, name=f"capacity {factor}")
     routed.capacity_factor = None
     for devices in DEVICES:
         routed.max_groups = devices
-        yield f"devices {devices}", Evaluation.of(model, routed, text, name=f"devices {devices}")
+        yield f"devices {devices}", Evaluation.of(model, routed, part, name=f"devices {devices}")
     for name in ("balanced", "unbalanced"):
         model, routed = build(seed=0)
         model.load_state_dict(load_file(snapshot_file(work / "runs" / name, steps=COMPARED_STEPS)))
         yield name, Evaluation.of(model.eval(), routed, text, name=name)
 
 
-def read_held_out(work: Path) -> HeldOut:
-    """The held-out documents as tokens, with their size in bytes."""
+def read_held_out(work: Path, *, every: int = 1) -> HeldOut:
+    """The held-out documents; of their windows one of `every`."""
     rows = [row for row in json.loads((work / "text.json").read_text()) if row["held_out"]]
     tokens = np.load(work / "tokens_held_out.npy")
     ends = np.cumsum([row["tokens"] for row in rows])
-    return HeldOut(documents=np.split(tokens, ends[:-1]), num_bytes=sum(row["bytes"] for row in rows))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    # A token of a byte-level BPE is written with one character a byte.
+    token_bytes = np.array([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    token_bytes[tokenizer.all_special_ids] = 0
+    text = HeldOut.of(np.split(tokens, ends[:-1]), token_bytes, every=every)
+    assert every > 1 or text.num_bytes == sum(row["bytes"] for row in rows)
+    return text
 
 
 def kv_cache(checkpoint: Path) -> dict[str, object]:

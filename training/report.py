@@ -26,7 +26,7 @@ from training.arithmetic import (
 )
 from training.card import about_text, how_again, settings_table, shape_table
 from training.evaluate import BATCH_SIZE, LENGTH, Evaluation
-from training.measure import CAPACITY_FACTORS, DEVICES, SAMPLING
+from training.measure import CAPACITY_FACTORS, DEVICES, PART, SAMPLING
 
 
 def write_report(work: Path, checkpoint: Path, docs: Path) -> None:
@@ -171,8 +171,8 @@ def _dropping(results: Results) -> str:
         (WITHOUT, results.unbalanced, steps),
     ]
     training = [(name, *(percent(share) for share in run.means("dropped", num_steps=n))) for name, run, n in runs]
-    tight = results.held_out[f"capacity {CAPACITY_FACTORS[0]}"]
-    names = {"none": "served"} | {f"{factor}": f"capacity {factor}" for factor in CAPACITY_FACTORS}
+    free, tight = results.held_out["part"], results.held_out[f"capacity {CAPACITY_FACTORS[0]}"]
+    names = {"none": "part"} | {f"{factor}": f"capacity {factor}" for factor in CAPACITY_FACTORS}
     inference = [
         (label, *_quality(results.held_out[name]), percent(results.held_out[name].dropped))
         for label, name in names.items()
@@ -187,26 +187,28 @@ While training:
 
 {table(("run", "first tenth", "last tenth", "all"), training)}
 
-At inference a budget covers a batch of {BATCH_SIZE} x {LENGTH} tokens here, and no sequence is exempt:
+At inference a budget covers a batch of {BATCH_SIZE} x {LENGTH} tokens here, and no sequence is exempt; measured on \
+one window of {PART}:
 
 {table(("capacity factor", "perplexity", "bits per byte", "dropped"), inference)}
 
-At {CAPACITY_FACTORS[0]} the bits per byte are {change(tight.bits_per_byte, results.served.bits_per_byte)}.
+At {CAPACITY_FACTORS[0]} the bits per byte are {change(tight.bits_per_byte, free.bits_per_byte)}.
 """
 
 
 def _devices(results: Results) -> str:
     trained, all_devices = results.config["topk_group"], results.config["n_group"]
-    named = {devices: f"devices {devices}" for devices in DEVICES} | {trained: "served"}
+    named = {devices: f"devices {devices}" for devices in DEVICES} | {trained: "part"}
     rows = [
         (
-            f"{devices}, as trained" if name == "served" else devices,
+            f"{devices}, as trained" if name == "part" else devices,
             results.experts_of_a_token(devices),
             f"{results.held_out[name].fan_out:.2f}",
             *_quality(results.held_out[name]),
         )
         for devices, name in sorted(named.items())
     ]
+    trained_so = results.held_out["part"]
     free, top_k = results.held_out[f"devices {all_devices}"], results.config["num_experts_per_tok"]
     short = "\n".join(
         f"Where {devices} may be visited, a token has only the {num_experts} experts there instead of {top_k}."
@@ -216,13 +218,13 @@ def _devices(results: Results) -> str:
     return f"""
 ## Limiting the devices
 
-Fan-out is how many devices a token visits in a layer, on average.
+Fan-out is how many devices a token visits in a layer, on average; measured on one window of {PART}.
 
 {table(("devices allowed", "experts a token", "fan-out", "perplexity", "bits per byte"), rows)}
 
 {short}
-Without a limit a token visits {free.fan_out:.2f} devices instead of {results.served.fan_out:.2f}, \
-and the bits per byte are {change(free.bits_per_byte, results.served.bits_per_byte)}.
+Without a limit a token visits {free.fan_out:.2f} devices instead of {trained_so.fan_out:.2f}, \
+and the bits per byte are {change(free.bits_per_byte, trained_so.bits_per_byte)}.
 """
 
 

@@ -28,7 +28,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def test_bfloat16_tokens_are_as_good_as_vllms_own(quick: Cluster) -> None:
-    done = quick.run("parity", "--prompts", "8", "--tokens", "16", "--json", timeout_s=400)
+    done = quick.run("parity", "--prompts", "16", "--tokens", "32", "--json", timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["holds"]
 

@@ -43,7 +43,7 @@ def test_the_printed_grpc_line_works_and_says_what_curl_says(cluster: Cluster) -
 
 
 def test_the_cluster_says_what_unmodified_vllm_says(cluster: Cluster) -> None:
-    done = cluster.run("parity", "--prompts", "6", "--tokens", "16", "--json", timeout_s=400)
+    done = cluster.run("parity", "--prompts", "16", "--tokens", "32", "--json", timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -65,7 +65,12 @@ def a_log(config: TrainConfig) -> list[dict[str, float]]:
 
 
 def held_out(served: Evaluation) -> dict[str, Evaluation]:
-    evaluations = {"served": served, "balanced": an_evaluation(2.2), "unbalanced": an_evaluation(2.1, uneven=9.0)}
+    evaluations = {
+        "served": served,
+        "part": served,
+        "balanced": an_evaluation(2.2),
+        "unbalanced": an_evaluation(2.1, uneven=9.0),
+    }
     evaluations |= {f"capacity {factor}": an_evaluation(2.0, dropped=0.125) for factor in CAPACITY_FACTORS}
     return evaluations | {f"devices {devices}": an_evaluation(2.0, fan_out=devices * 0.5) for devices in DEVICES}
 
