@@ -45,7 +45,7 @@ serve: setup ## a cluster on this machine, until Ctrl-C
 parity: setup ## the cluster's tokens against one vLLM process, for every D, dtype and number of attention replicas
 	$(BIN)/python -m benchmarks.parity_matrix
 
-nano: setup ## the embedded checkpoint, trained anew (two hours on two cores; goes on where it was stopped)
+nano: setup ## the embedded checkpoint, trained anew (an hour or two on two cores; goes on where it was stopped)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[nano]'
 	$(BIN)/python -m training
 

@@ -29,7 +29,9 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
     model.save_pretrained(out)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, out / name)
-    size_bytes = (out / "model.safetensors").stat().st_size
+    weights = out / "model.safetensors"
+    weights.chmod(0o644)  # transformers writes it for its owner alone
+    size_bytes = weights.stat().st_size
     if size_bytes > MAX_BYTES:
         raise ValueError(f"{size_bytes=} of the weights are more than {MAX_BYTES=}; make the model smaller")
 
