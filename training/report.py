@@ -68,8 +68,8 @@ Each was run once, with one seed, so small differences between them mean little.
 {settings_table({WITH: results.balanced, WITHOUT: results.unbalanced})}
 
 The paper's alphas are 0.003, 0.05 and 0.02, for batches of millions of tokens.
-With a few thousand tokens a step they left the least even layer at 0.65 of device balancedness after 300 steps, \
-so these are larger; the loss on text was the same.
+In a trial with a few thousand tokens a step they left the least even layer at 0.65 of device balancedness after 300 \
+steps, so these are larger; what they cost in loss is told below.
 """
 
 

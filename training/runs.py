@@ -11,7 +11,7 @@ from router.balance import BalanceWeights
 from training.loop import TrainConfig, train
 
 # The paper's weights, 0.003, 0.05 and 0.02, are for batches of millions of tokens. With our few thousand, devices were
-# still at 0.65 to 0.86 of balance after 300 steps; with these, the loss on text was the same, and balance better.
+# still at 0.65 to 0.86 of balance after 300 steps of a trial.
 ALPHAS = BalanceWeights(expert=0.01, device=0.3, communication=0.1)
 COMPARED_STEPS = 400  # the length of the shorter run; both are compared after so many steps
 RUNS: Mapping[str, TrainConfig] = {
