@@ -60,6 +60,7 @@ class Evaluation:
     def of(cls, model: DeepseekV2ForCausalLM, routed: Routed, text: "HeldOut", *, name: str) -> Self:
         """Reads the text once under the settings of `routed`. What pads a shorter window takes part in dropping."""
         config, device = model.config, model.device
+        assert config.n_group is not None
         nats, load, rows, dropped = 0.0, [], [], []
         windows = text.windows
         for start in tqdm(range(0, len(windows), BATCH_SIZE), desc=name, mininterval=2.0):

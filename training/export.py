@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from torch import nn
+from transformers import DeepseekV2ForCausalLM
 
-from training.model import NANO, Routed, instrument
+from training.model import NANO, Routed, config_of, instrument
 from training.state import load_state
 
 MAX_BYTES = 50 * 1000 * 1000
@@ -19,11 +20,11 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
 
     Raises ValueError where the run has none, or where the weights are more than MAX_BYTES.
     """
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**NANO))
+    model = DeepseekV2ForCausalLM(config_of(NANO))
     steps = load_state(run, model)
     if not steps:
         raise ValueError(f"{run} has no checkpoint to export; train it first")
-    model.to(torch.bfloat16)
+    nn.Module.to(model, torch.bfloat16)
     model.generation_config.do_sample = False  # how to sample is for the caller to say
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)

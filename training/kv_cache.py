@@ -22,6 +22,7 @@ def main() -> None:
     size_bytes = sum(storages.values())  # layers may be views of one allocation
     num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     block_size = llm.llm_engine.vllm_config.cache_config.block_size
+    assert num_blocks is not None
     result = {
         "bytes_per_token": size_bytes / (num_blocks * block_size),
         "dtype": str(caches[0].dtype).removeprefix("torch."),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import DeepseekV2ForCausalLM
@@ -71,7 +71,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     _keep_config(config, folder)
     model, routed = build(fields, seed=config.seed)
-    model.to(device).train()
+    nn.Module.to(model, device).train()
     optimizer = _optimizer(model, config)
     done = load_state(folder, model, optimizer)
     _cut_log(folder / "log.jsonl", done)

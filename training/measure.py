@@ -121,7 +121,7 @@ def samples(checkpoint: Path) -> list[dict[str, str]]:
     texts = []
     for prompt in PROMPTS:
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt)]])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **SAMPLING)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **SAMPLING)  # type: ignore[misc]
         texts.append({"prompt": prompt, "text": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)})
     return texts
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts, DeepseekV2Moe
 
 from router.balance import BalanceFactors, balance_factors, kept_pairs
 
@@ -79,33 +80,35 @@ class BalancedMoe(nn.Module):
     def __init__(self, moe: DeepseekV2Moe, routed: Routed) -> None:
         super().__init__()
         self.gate, self.experts, self.shared_experts = moe.gate, moe.experts, moe.shared_experts
-        self._config = moe.config
+        self._num_experts, self._top_k = _int(moe.config, "n_routed_experts"), _int(moe.config, "num_experts_per_tok")
+        self._num_groups, self._topk_group = _int(moe.config, "n_group"), _int(moe.config, "topk_group")
+        self._scale = moe.config.routed_scaling_factor
         self._routed = routed
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [batch, length, hidden_size], any float dtype; the same shape comes back."""
-        config, routed = self._config, self._routed
+        routed = self._routed
         x = hidden_states.view(-1, hidden_states.shape[-1])
         with torch.autocast(x.device.type, enabled=False):  # the gate is in float32 whatever the rest is in
             scores = functional.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)
         topk_idx = self._choose(scores.detach())
         weights = scores.gather(1, topk_idx)
         routed.factors.append(
-            balance_factors(scores, topk_idx, num_groups=config.n_group, max_groups=config.topk_group)
+            balance_factors(scores, topk_idx, num_groups=self._num_groups, max_groups=self._topk_group)
         )
         routed.topk_idx.append(topk_idx)
         if routed.capacity_factor is not None:
             kept = kept_pairs(
                 topk_idx,
                 weights.detach(),
-                num_experts=config.n_routed_experts,
-                num_groups=config.n_group,
+                num_experts=self._num_experts,
+                num_groups=self._num_groups,
                 capacity_factor=routed.capacity_factor,
                 exempt=routed.exempt,
             )
             routed.dropped.append(1 - kept.float().mean())
             weights = weights * kept
-        y = experts_sum(self.experts, x, topk_idx, weights * config.routed_scaling_factor)
+        y = experts_sum(self.experts, x, topk_idx, weights * self._scale)
         return y.view_as(hidden_states) + self.shared_experts(hidden_states)
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -113,23 +116,23 @@ class BalancedMoe(nn.Module):
 
         Fewer than top_k where `max_groups` devices have fewer experts.
         """
-        config = self._config
-        max_groups = self._routed.max_groups or config.topk_group
-        by_group = scores.view(len(scores), config.n_group, -1)
-        top_k = min(config.num_experts_per_tok, max_groups * by_group.shape[-1])
+        max_groups = self._routed.max_groups or self._topk_group
+        by_group = scores.view(len(scores), self._num_groups, -1)
+        top_k = min(self._top_k, max_groups * by_group.shape[-1])
         best = by_group.max(dim=-1).values.topk(max_groups, dim=-1).indices
         closed = torch.ones(by_group.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
         open_scores = by_group.masked_fill(closed.unsqueeze(-1), -1.0).view_as(scores)
         return open_scores.topk(top_k, dim=-1).indices.sort(dim=-1).values
 
 
-def experts_sum(experts: nn.Module, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
+def experts_sum(experts: DeepseekV2Experts, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
     """[num_tokens, hidden_size]: each token's experts, weighted and summed.
 
     One matrix product an expert over the tokens that chose it, which are gathered once for all experts.
     """
     # Taken apart once: a slice an expert would cost a gradient of the whole tensor for each of them.
-    into, out_of = experts.gate_up_proj.unbind(), experts.down_proj.unbind()
+    into = cast("Tensor", experts.gate_up_proj).unbind()
+    out_of = cast("Tensor", experts.down_proj).unbind()
     order = topk_idx.reshape(-1).argsort(stable=True)
     token = order // topk_idx.shape[1]
     counts = torch.bincount(topk_idx.reshape(-1), minlength=len(into)).tolist()
@@ -141,10 +144,14 @@ def experts_sum(experts: nn.Module, x: Tensor, topk_idx: Tensor, weights: Tensor
     return torch.zeros_like(x).index_add_(0, token, y)
 
 
+def config_of(fields: Mapping[str, object]) -> DeepseekV2Config:
+    return DeepseekV2Config(**cast("dict[str, Any]", fields))
+
+
 def build(fields: Mapping[str, object] = NANO, *, seed: int) -> tuple[DeepseekV2ForCausalLM, Routed]:
     """A fresh model in float32 and the handle to its routed layers; the same seed gives the same numbers."""
     torch.manual_seed(seed)
-    model = DeepseekV2ForCausalLM(DeepseekV2Config(**fields))
+    model = DeepseekV2ForCausalLM(config_of(fields))
     return model, instrument(model)
 
 
@@ -155,3 +162,9 @@ def instrument(model: DeepseekV2ForCausalLM) -> Routed:
         if isinstance(layer.mlp, DeepseekV2Moe):
             layer.mlp = BalancedMoe(layer.mlp, routed)
     return routed
+
+
+def _int(config: DeepseekV2Config, name: str) -> int:
+    value = getattr(config, name)
+    assert isinstance(value, int)
+    return value
