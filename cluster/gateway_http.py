@@ -8,6 +8,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cluster.gateway_guard import ROUTES, Guard
 from cluster.gateway_health import Health, health_routes
+from cluster.gateway_mark import MarkedAnswers
 from cluster.gateway_vllm import ForwardingClient
 from cluster.validate import Limits
 
@@ -33,10 +34,11 @@ async def build_http_app(
     await init_app_state(client, app.state, args, _TASKS)
     kept = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES.keys() - _OURS]
     app.router.routes[:] = [*health_routes(health), *kept]
-    return Guard(
+    guard = Guard(
         app,
         limits=limits,
         served_name=served_name,
         request_timeout_s=request_timeout_s,
         max_body_bytes=max_body_bytes,
     )
+    return MarkedAnswers(guard)

@@ -99,7 +99,6 @@ class Gateway:
     ) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports below: everything needed is in the folder
         from cluster.gateway_http import build_http_app
-        from cluster.gateway_mark import MarkedAnswers
         from cluster.gateway_rpc import Rpc, model_info_of
         from cluster.gateway_vllm import ForwardingClient, vllm_config_of
 
@@ -108,10 +107,9 @@ class Gateway:
         engine = HandleEngine(attention)
         health = Health(_deployments, None if controller is None else lambda: _status_of(controller))
         client = ForwardingClient(config, engine, limits=limits, request_timeout_s=request_timeout_s)
-        app = await build_http_app(
+        self._http_app = await build_http_app(
             client, health, limits=limits, request_timeout_s=request_timeout_s, max_body_bytes=max_body_bytes
         )
-        self._http_app = MarkedAnswers(app)
         self._rpc = Rpc(
             engine=engine,
             renderer=client.renderer,

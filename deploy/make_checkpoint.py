@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deploy.checkpoint_presets import PRESETS
+from deploy.tokenizer import SPECIAL_TOKENS, byte_level_tokenizer
 from experts.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 
 
-_SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # their ids are 0, 1, 2, as the presets say
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -102,7 +102,7 @@ def _draw_weights(model: "PreTrainedModel", seed: int) -> None:
             tensor.normal_(0.0, _deviation(name, tensor), generator=generator)
         if name == "lm_head.weight":
             # A text ends by its length alone: which token ends one must not hang on a random number.
-            tensor[: len(_SPECIAL_TOKENS)] = 0.0
+            tensor[: len(SPECIAL_TOKENS)] = 0.0
 
 
 def _deviation(name: str, tensor: torch.Tensor) -> float:
@@ -122,24 +122,9 @@ def _deviation(name: str, tensor: torch.Tensor) -> float:
 
 
 def _save_tokenizer(out: Path, *, vocab_size: int, context: int) -> None:
-    """A byte-level BPE with <pad> 0, <s> 1, </s> 2; every text has an encoding in it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+    tokenizer = byte_level_tokenizer(
+        _local_text(), vocab_size=vocab_size, context=context, chat_template=_CHAT_TEMPLATE
     )
-    bpe.train_from_iterator(_local_text(), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=context
-    )
-    tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.save_pretrained(out)
 
 

@@ -17,9 +17,10 @@ def drop_rows(plan: list[GroupRows], *, capacity_factor: float, num_groups: int)
     weights at this group.
     What is left keeps its weights: a dropped row's contribution is missing, and nothing else changes.
     """
-    budget = _budget(count_rows(plan), capacity_factor, num_groups)
+    num_rows = count_rows(plan)
+    budget = _budget(num_rows, capacity_factor, num_groups)
     kept = [rows if len(rows.tokens) <= budget else _best(rows, budget) for rows in plan]
-    return kept, count_rows(plan) - count_rows(kept)
+    return kept, num_rows - count_rows(kept)
 
 
 def _budget(num_rows: int, capacity_factor: float, num_groups: int) -> int:

@@ -10,49 +10,16 @@ from torch.nn import functional
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts, DeepseekV2Moe
 
+from deploy.checkpoint_presets import PRESETS
 from router.balance import BalanceFactors, balance_factors, kept_pairs
 
-# DeepSeek-V2's own structure and latent dimensions, everything else as small as it may be.
+# The structure of the random checkpoint of the same name, a little larger.
 NANO: Mapping[str, object] = {
+    **PRESETS["nano"].fields,
     "vocab_size": 4096,
-    "hidden_size": 256,
     "intermediate_size": 768,
     "moe_intermediate_size": 96,
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 128,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 64,
-    "v_head_dim": 64,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "n_shared_experts": 2,
-    "n_routed_experts": 32,
-    "num_experts_per_tok": 6,
-    "n_group": 8,
-    "topk_group": 3,
-    "topk_method": "group_limited_greedy",
-    "scoring_func": "softmax",
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "max_position_embeddings": 4096,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 1024,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-    },
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 
 

@@ -6,12 +6,11 @@ from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from deploy.tokenizer import byte_level_tokenizer
 from training.text import Document
 
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 BOS, EOS = 1, 2
 
 # A conversation is a scene of a play, the only dialogue that the model has read:
@@ -40,20 +39,8 @@ def train_tokenizer(
 
     It adds no `<s>` by itself: the text of a prompt is all that is encoded.
     """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((document.text for document in documents if not document.held_out), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=context
-    )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    texts = (document.text for document in documents if not document.held_out)
+    tokenizer = byte_level_tokenizer(texts, vocab_size=vocab_size, context=context, chat_template=_CHAT_TEMPLATE)
     tokenizer.save_pretrained(out)
     return tokenizer
 

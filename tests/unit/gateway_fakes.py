@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
+from typing import cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -134,7 +135,8 @@ class Front:
         config = vllm_config_of(str(folder), "nano", dtype="float32", max_model_len=CONTEXT)
         self.limits = Limits(max_model_len=CONTEXT, vocab_size=259)
         self.client = ForwardingClient(config, self.engine, limits=self.limits, request_timeout_s=5.0)
-        self.app: Guard = self.loop.run_until_complete(self._build())
+        self.http = self.loop.run_until_complete(self._build())
+        self.app = cast("Guard", self.http._app)
         self.rpc = Rpc(
             engine=self.engine,
             renderer=self.client.renderer,
@@ -149,11 +151,11 @@ class Front:
         self.engine = self.client._engine = engine
         self.rpc = dataclasses.replace(self.rpc, engine=engine)
 
-    async def _build(self) -> Guard:
+    async def _build(self) -> MarkedAnswers:
         app = await build_http_app(
             self.client, self.health, limits=self.limits, request_timeout_s=5.0, max_body_bytes=4096
         )
-        assert isinstance(app, Guard)
+        assert isinstance(app, MarkedAnswers)
         return app
 
     async def _deployments(self) -> dict[str, DeploymentHealth]:
@@ -164,7 +166,7 @@ class Front:
 
     def request(self, method: str, path: str, **kwargs: object) -> httpx.Response:
         async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(MarkedAnswers(self.app))  # as the ingress has it
+            transport = httpx.ASGITransport(self.http)
             async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
                 return await client.request(method, path, **kwargs)  # type: ignore[arg-type]
 
