@@ -36,6 +36,9 @@ class Attention:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from cluster.vllm_models import look_at_models_here
+
+        look_at_models_here(model.checkpoint)
         self._member_id, self._node_id, self._pid = own_ids()
         self._incarnation = fresh_incarnation()
         self._requests = 0

@@ -28,6 +28,7 @@ from cluster.gateway_errors import Refusal, refusal_of
 from cluster.gateway_mark import MARK, Mark
 from cluster.gateway_run import Engine, run
 from cluster.validate import Limits, check_length
+from cluster.vllm_models import look_at_models_here
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ ADMISSION: ContextVar[Admission] = ContextVar("admission")
 
 def vllm_config_of(checkpoint: str, served_name: str, *, dtype: str, max_model_len: int) -> VllmConfig:
     """vLLM's view of the checkpoint, from config.json and the tokenizer's files only; reads no weights."""
+    look_at_models_here(checkpoint)
     args = AsyncEngineArgs(
         model=checkpoint,
         served_model_name=[served_name],

@@ -6,6 +6,7 @@ by the replica's constructor.
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +14,8 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.common import DeploymentStatus, ReplicaState
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -150,18 +153,20 @@ class Gateway:
 
 async def _deployments() -> dict[str, DeploymentHealth]:
     """Every deployment of this replica's application, as Serve's controller sees it."""
+    client = _get_global_client()
+    assert client is not None, "a replica is always connected to Serve"
     app_name = serve.get_replica_context().app_name
-    # The call blocks on Ray: off the event loop.
-    status = await asyncio.to_thread(serve.status)
-    app = status.applications.get(app_name)
+    # Not serve.status(), which pickles a class per deployment. The call blocks on Ray: off the event loop.
+    details = await asyncio.to_thread(client.get_serve_details)
+    app = details["applications"].get(app_name)
     if app is None:
         raise ServingError("Serve does not know this application")
     return {
         name: DeploymentHealth(
-            status=str(overview.status.value),
-            replicas=dict(cast("Mapping[str, int]", overview.replica_states)),  # annotated as an enum, and is not
+            status=DeploymentStatus(deployment["status"]).value,
+            replicas=dict(Counter(ReplicaState(replica["state"]).value for replica in deployment["replicas"])),
         )
-        for name, overview in app.deployments.items()
+        for name, deployment in app["deployments"].items()
     }
 
 

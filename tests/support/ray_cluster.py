@@ -65,7 +65,7 @@ class Cluster:
         with grpc.insecure_channel(self.grpc) as channel:
             return list(pb_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s).token_ids)
 
-    def wait_for_engines(self, count: int, *, without: int, timeout_s: float = 120) -> None:
+    def wait_for_engines(self, count: int, *, without: int, timeout_s: float = 240) -> None:
         """Until `count` attention engines run, none of them with the pid `without`, and their replicas are healthy."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
