@@ -43,7 +43,7 @@ def join(waiting: Sequence[Rows[Asker]]) -> list[Batch[Asker]]:
 def _join_layer(layer: int, together: list[Rows[Asker]]) -> Batch[Asker]:
     if len(together) == 1:
         only = together[0]
-        return Batch(layer=layer, x=only.x, pairs=only.pairs, parts=((only.asker, slice(0, len(only.x))),))
+        return Batch(layer=layer, x=only.x, pairs=only.pairs, parts=((only.asker, slice(0, only.x.shape[0])),))
     parts: list[tuple[Asker, slice]] = []
     shifted: list[Tensor] = []
     begin = 0

@@ -1,5 +1,6 @@
 """The deployment `experts-<g>`: one replica holds the home experts of one group in every MoE layer and serves them."""
 
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class ExpertGroup:
         self._server.start()
         self._lease = Lease(controller, self._describe)
         self._lease.start()
+        gc.freeze()  # modules and weights: no collection in the middle of a trip looks at them again
 
     def check_health(self) -> None:
         """Raises where the data-plane thread is gone or stuck; Serve replaces the replica then."""

@@ -1,7 +1,7 @@
 """Who holds which experts: an immutable, versioned snapshot built from the members that are alive."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 MemberKind = Literal["experts", "router", "attention"]
@@ -40,9 +40,17 @@ class Placement:
     version: int
     num_groups: int
     replicas: tuple[Replica, ...] = ()
+    _by_group: dict[int, tuple[Replica, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Asked for with every message of the hot path.
+        by_group: dict[int, tuple[Replica, ...]] = {}
+        for replica in self.replicas:
+            by_group[replica.group] = (*by_group.get(replica.group, ()), replica)
+        object.__setattr__(self, "_by_group", by_group)
 
     def of_group(self, group: int) -> tuple[Replica, ...]:
-        return tuple(replica for replica in self.replicas if replica.group == group)
+        return self._by_group.get(group, ())
 
     @property
     def missing_groups(self) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ class ExpertServer(DataPlaneLoop):
                     self._nack(asker.conn, batch.layer, asker.seq)
                 continue
             self._answer(batch, y)
-            self.counts["rows"] += len(batch.x)
+            self.counts["rows"] += batch.x.shape[0]
             self.counts["batches"] += 1
             self.counts["joined"] += len(batch.parts)
             self.beat()  # a long pass is work, not a stuck thread
@@ -121,10 +121,14 @@ class ExpertServer(DataPlaneLoop):
         num_rows, num_pairs = header.num_rows, header.num_extra
         x_bytes = num_rows * self.limits.hidden_size * header.dtype.itemsize
         table = np.frombuffer(payload, dtype=np.int32, offset=x_bytes).reshape(3, num_pairs)
-        row, expert = table[0], table[1]
-        if row.min() < 0 or row.max() >= num_rows or expert.min() < 0 or expert.max() >= len(self._local):
+        row = table[0]
+        try:
+            # As unsigned numbers, negative ones are too large, too.
+            local = self._local[table[1].view(np.uint32)]
+        except IndexError:
+            local = None
+        if local is None or row.view(np.uint32).max() >= num_rows:
             raise FrameError("ROWS frame names a row or an expert that does not exist")
-        local = self._local[expert]
         if header.incarnation != self.incarnation or header.layer not in self._layers or local.min() < 0:
             return None
         return Rows(
@@ -140,11 +144,11 @@ class ExpertServer(DataPlaneLoop):
 
     def _answer(self, batch: Batch[Question], y: Tensor) -> None:
         for asker, rows in batch.parts:
-            part = y[rows]
+            part = y if len(batch.parts) == 1 else y[rows]
             header = Header(
                 Kind.PARTIAL,
                 layer=batch.layer,
-                num_rows=len(part),
+                num_rows=part.shape[0],
                 seq=asker.seq,
                 placement_version=asker.placement_version,
                 incarnation=self.incarnation,

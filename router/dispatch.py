@@ -7,7 +7,7 @@ so the same question always has the same bits as its answer.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from experts.errors import FrameError
 from experts.placement import Placement, Replica
 from experts.wire import DType, Header, Kind
+from router.compiled import compiled
 from router.drop import drop_rows
 from router.plan import GroupRows, count_rows, make_plan
+from router.plan_kernels import add_rows
 from router.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -223,10 +225,13 @@ class Dispatcher(Generic[Asker]):
         if not errand.asked:
             self._parked.append(errand)
 
-    def _copies(self, errand: Errand[Asker]) -> list[Replica]:
+    def _copies(self, errand: Errand[Asker]) -> Sequence[Replica]:
         """Copies of the errand's group that may be asked: those that answer first, then the least loaded."""
+        all_copies = self.placement.of_group(errand.rows.group)
+        if not errand.refused_by and not errand.asked and len(all_copies) == 1:
+            return all_copies
         passed_over = errand.refused_by.union(map(_key, errand.asked.values()))
-        copies = [r for r in self.placement.of_group(errand.rows.group) if _key(r) not in passed_over]
+        copies = [r for r in all_copies if _key(r) not in passed_over]
         return sorted(copies, key=lambda replica: (_key(replica) in self._silent, self._rows_at[_key(replica)]))
 
     def _ask_another(self, errand: Errand[Asker], now_s: float) -> None:
@@ -283,7 +288,7 @@ def combine(job: Job[Asker]) -> NDArray[np.float32]:
         if len(errand.rows.tokens) == len(y):
             y += errand.partial
         else:
-            y[errand.rows.tokens] += errand.partial  # a token is at most one row of a group
+            compiled(add_rows)(y, errand.rows.tokens, errand.partial)
     return y
 
 

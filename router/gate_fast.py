@@ -8,15 +8,14 @@ Experts therefore always equal the twin's; weights agree within 1e-6 relative.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
 from experts.shape import MoEShape
+from router.compiled import compiled
 from router.gate import check_arguments, route
 from router.gate_kernels import PLAIN, SIGMOID, SOFTMAX, route_rows
 
@@ -70,16 +69,6 @@ def warm_up(shape: MoEShape) -> None:
         route_fast(np.zeros((2, shape.num_experts), dtype), shape, bias=bias)
 
 
-@functools.cache
-def _compiled_route_rows() -> Callable[..., int]:
-    """Compiled code is kept beside its source file, so that a restart takes it from there; where nothing can be
-    written, every process compiles for itself."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(route_rows)
-    except RuntimeError:
-        return njit(nogil=True, error_model="numpy")(route_rows)
-
-
 def _compute(
     values: NDArray[np.float32],
     dtype: np.dtype[np.generic],
@@ -94,7 +83,7 @@ def _compute(
         np.empty((len(values), shape.top_k), np.int32), np.empty((len(values), shape.top_k), np.float32)
     )
     unclear = np.empty(len(values), np.bool_)
-    num_unclear = _compiled_route_rows()(
+    num_unclear = compiled(route_rows)(
         values,
         _no_bias(shape.num_experts) if bias is None else _frozen(np.require(bias, np.float32, ["C", "A"])),
         bias is not None,

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from router.compiled import compiled
+from router.plan_kernels import fill_plan
+
 
 class GroupRows(NamedTuple):
     """What one expert group has to do for one layer of one step."""
@@ -28,26 +31,19 @@ def make_plan(
 
     A token is one row per group it visits, however many of the group's experts it uses, so it travels once.
     """
-    num_tokens, top_k = topk_idx.shape
-    flat_expert = topk_idx.ravel()
-    flat_group = flat_expert // (num_experts // num_groups)
-    flat_token = np.repeat(np.arange(num_tokens), top_k)
-    flat_weight = topk_weights.ravel().view(np.int32)
-    plan: list[GroupRows] = []
-    for group in range(num_groups):
-        chosen = np.flatnonzero(flat_group == group)
-        if not len(chosen):
-            continue
-        token = flat_token[chosen]
-        first = np.empty(len(token), dtype=bool)  # tokens are ascending: a new value begins a new row
-        first[0] = True
-        np.not_equal(token[1:], token[:-1], out=first[1:])
-        pairs = np.empty((3, len(chosen)), dtype=np.int32)
-        np.subtract(np.cumsum(first), 1, out=pairs[0], casting="unsafe")
-        pairs[1] = flat_expert[chosen]
-        pairs[2] = flat_weight[chosen]
-        plan.append(GroupRows(group=group, tokens=token[first], pairs=pairs))
-    return plan
+    num_pairs = topk_idx.size
+    tokens = np.empty(num_pairs, np.int64)
+    pairs = np.empty(3 * num_pairs, np.int32)
+    row_begin, pair_begin = np.empty(num_groups + 1, np.int64), np.empty(num_groups + 1, np.int64)
+    compiled(fill_plan)(
+        topk_idx, topk_weights.view(np.int32), num_experts // num_groups, tokens, pairs, row_begin, pair_begin
+    )
+    rows, ends = row_begin.tolist(), pair_begin.tolist()
+    return [
+        GroupRows(group, tokens[rows[group] : rows[group + 1]], pairs[3 * ends[group] : 3 * end].reshape(3, -1))
+        for group, end in enumerate(ends[1:])
+        if end > ends[group]
+    ]
 
 
 def count_rows(plan: list[GroupRows]) -> int:

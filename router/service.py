@@ -1,5 +1,6 @@
 """The deployment `router`: one replica per Ray node that hosts attention."""
 
+import gc
 import logging
 import threading
 import time
@@ -55,6 +56,7 @@ class Router:
         self._watcher.start()
         self._lease = Lease(controller, self._describe)
         self._lease.start()
+        gc.freeze()  # modules and compiled code: no collection in the middle of a trip looks at them again
 
     def check_health(self) -> None:
         """Raises where the data-plane thread is gone or stuck; Serve replaces the replica then."""

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from experts.shape import MoEShape, RoutingMethod
 from router import gate_fast
+from router.compiled import compiled
 from router.gate import Routing, route
 from router.gate_fast import RoutingArrays, route_fast, warm_up
+from router.gate_kernels import route_rows
 
 CHECKED = settings(deadline=None, derandomize=True, max_examples=100)
 CHECKED_WELL = settings(CHECKED, max_examples=400)
@@ -212,5 +214,4 @@ def test_dtypes_that_are_no_logits_are_refused() -> None:
 def test_all_kinds_of_frames_share_one_compiled_version() -> None:
     for shape in SHAPES:
         warm_up(shape)
-    compiled = gate_fast._compiled_route_rows()
-    assert len(compiled.nopython_signatures) == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert len(compiled(route_rows).nopython_signatures) == 1  # pyright: ignore[reportFunctionMemberAccess]

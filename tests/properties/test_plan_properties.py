@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_twin import plan_by_groups
 
 from experts.shape import MoEShape, RoutingMethod
 from router.gate import route
@@ -60,6 +61,18 @@ def test_every_pair_of_token_and_expert_is_in_exactly_one_groups_rows(case: tupl
     assert found == wanted
     for rows in plan:
         assert set(rows.pairs[1].tolist()) <= set(shape.home_experts(rows.group, num_groups))
+
+
+@CHECKED
+@given(case=cases())
+def test_the_compiled_plan_is_its_plain_twins(case: tuple[MoEShape, int, torch.Tensor]) -> None:
+    shape, num_groups, _ = case
+    idx, weights, plan = planned(*case)
+    twin = plan_by_groups(idx, weights, num_experts=shape.num_experts, num_groups=num_groups)
+    assert [rows.group for rows in plan] == [rows.group for rows in twin]
+    for rows, expected in zip(plan, twin):
+        np.testing.assert_array_equal(rows.tokens, expected.tokens)
+        np.testing.assert_array_equal(rows.pairs, expected.pairs)
 
 
 @CHECKED
