@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # cpu or cuda: which build of vLLM goes in; exactly one of them.
 VLLM ?= cpu
+# Options of `make bench`, such as BENCH="--parts micro"; `python -m benchmarks.bench --help` has all of them.
+BENCH ?=
 STAMP := $(VENV)/.installed-$(VLLM)
 
-.PHONY: help setup check format test serve parity nano clean
+.PHONY: help setup check format test serve parity bench nano clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +46,9 @@ serve: setup ## a cluster on this machine, until Ctrl-C
 
 parity: setup ## the cluster's tokens against one vLLM process, for every D, dtype and number of attention replicas
 	$(BIN)/python -m benchmarks.parity_matrix
+
+bench: setup ## every benchmark beside unmodified vLLM, with one page at the end (hours on two cores; goes on where it was stopped)
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 nano: setup ## the embedded checkpoint, trained anew (an hour or two on two cores; goes on where it was stopped)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[nano]'

@@ -15,7 +15,6 @@ Exit code 1: in float32 a split gave other tokens than vLLM. 2: it could not be 
 """
 
 import datetime
-import shlex
 import signal
 import sys
 import time
@@ -24,6 +23,8 @@ from random import Random
 
 import psutil
 
+from benchmarks.command_line import command_of, say
+from benchmarks.progress import Progress
 from benchmarks.serving_fleet import Engines, Fleet
 from benchmarks.serving_machine import this_machine
 from benchmarks.serving_options import Options, engines_of, parse, settings_of
@@ -57,7 +58,7 @@ def run(options: Options) -> int:
     """Measures, shows and writes; the exit code. Raises ExpertmeshError."""
     machine = this_machine()
     engines = engines_of(options)
-    vocabulary = _vocabulary(engines)
+    vocabulary = vocabulary_of(engines)
     free_bytes = psutil.virtual_memory().available - RESERVED_BYTES
     setups, dropped = fitting(options.setups, engines.bytes_of, free_bytes)
     notes = [f"{setup.name} was left out: with it there would not be enough memory." for setup in dropped]
@@ -75,7 +76,7 @@ def run(options: Options) -> int:
     report = Report(
         title=options.title,
         date=f"{datetime.date.today():%Y-%m-%d}",
-        command=shlex.join(["python", "-m", "benchmarks.bench_serving", *sys.argv[1:]]),
+        command=command_of("bench_serving"),
         machine=machine,
         settings=settings_of(options, engines),
         cells=cells,
@@ -109,6 +110,7 @@ def measure_rounds(fleet: Fleet, setups: Sequence[Setup], options: Options, voca
     """Every round has every setup with every number of streams, and begins with another setup."""
     able = {streams: found for streams in options.streams if (found := _able(setups, streams))}
     measured: Measured = {(setup.name, streams): [] for streams, found in able.items() for setup in found}
+    progress = Progress([str(streams) for streams in able] * options.rounds)
     for index in range(options.rounds):
         for streams, in_order in able.items():
             first = index % len(in_order)
@@ -120,7 +122,8 @@ def measure_rounds(fleet: Fleet, setups: Sequence[Setup], options: Options, voca
                 one = measure(traces, None if name == BASELINE else baseline, idle_cores=idle_cores)
                 measured[name, streams].append(one)
             shown = ", ".join(f"{name} {number(measured[name, streams][-1].tokens_per_s)}" for name in found)
-            say(f"round {index + 1}/{options.rounds}, {streams} streams, tokens/s: {shown}")
+            progress.done(str(streams))
+            say(f"round {index + 1}/{options.rounds}, {streams} streams, tokens/s: {shown}; {progress}")
     return measured
 
 
@@ -131,12 +134,8 @@ def make_prompts(options: Options, vocabulary: int, streams: int, number_of_roun
     return [[rng.randrange(3, vocabulary) for _ in range(options.prompt)] for _ in range(streams)]
 
 
-def say(text: str) -> None:
-    """Progress, for people."""
-    print(f"{datetime.datetime.now():%H:%M:%S}  {text}", file=sys.stderr, flush=True)
-
-
-def _vocabulary(engines: Engines) -> int:
+def vocabulary_of(engines: Engines) -> int:
+    """How many token ids the checkpoint has. Raises ConfigError where it does not say so."""
     size = engines.checkpoint.config.get("vocab_size")
     if not isinstance(size, int):
         raise ConfigError(f"the checkpoint's config.json has vocab_size {size!r}, and must have a whole number")

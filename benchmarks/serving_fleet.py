@@ -134,6 +134,10 @@ class Fleet:
     def memory(self, setup: Setup) -> list[ProcessMemory]:
         return [process for member in setup.members for process in self._children[member].memory()]
 
+    def processes(self, setup: Setup) -> list[psutil.Process]:
+        """Those that have a part in a setup."""
+        return [process for member in setup.members for process in self._children[member].family]
+
     # How each kind of member is started.
 
     def _start(self, member: Member) -> Child:

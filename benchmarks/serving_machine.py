@@ -50,6 +50,16 @@ def this_machine() -> Machine:
     )
 
 
+def facts_of(machine: Machine) -> dict[str, str]:
+    """In words, by name."""
+    return {
+        "machine": f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:.1f} GiB, "
+        f"{' '.join(machine.flags) or 'no vector flags known'}; {machine.system}",
+        "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
+        "commit": machine.commit,
+    }
+
+
 def _cpu_info(file: Path) -> dict[str, str]:
     """Of the first core; empty where the system has no such file."""
     try:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.command_line import count, counts
 from benchmarks.serving_fleet import Engines
 from benchmarks.serving_setups import DEFAULT_SETUPS, TENSOR_PARALLEL, Setup, parse_setup, tensor_parallel_cores
 from deploy.checkpoint_presets import PRESETS
@@ -16,7 +17,6 @@ from deploy.config import DEFAULT_CONFIG, load, resolve, state_dir
 from deploy.make_checkpoint import make_checkpoint
 from experts.errors import ConfigError
 
-RESULTS = Path(__file__).parent / "results"
 # What stands in for each option that was left out.
 FULL: Mapping[str, object] = {
     "checkpoint": "bench-300m",
@@ -24,7 +24,6 @@ FULL: Mapping[str, object] = {
     "output": 64,
     "rounds": 5,
     "setups": tuple(map(parse_setup, DEFAULT_SETUPS)),
-    "out": RESULTS,
 }
 QUICK: Mapping[str, object] = {
     "checkpoint": "nano",
@@ -65,17 +64,17 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--quick", action="store_true", help="a first look in minutes: nano, two setups, nothing kept")
     parser.add_argument("--checkpoint", metavar="PRESET|DIR", help=f"{', '.join(PRESETS)}, or a folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--streams", type=_counts, metavar="N,N", help="how many requests run at the same time")
-    parser.add_argument("--prompt", type=_count, default=32, metavar="N", help="tokens in each prompt (default: 32)")
-    parser.add_argument("--output", type=_count, metavar="N", help="tokens of each answer")
-    parser.add_argument("--rounds", type=_count, metavar="N")
+    parser.add_argument("--streams", type=counts, metavar="N,N", help="how many requests run at the same time")
+    parser.add_argument("--prompt", type=count, default=32, metavar="N", help="tokens in each prompt (default: 32)")
+    parser.add_argument("--output", type=count, metavar="N", help="tokens of each answer")
+    parser.add_argument("--rounds", type=count, metavar="N")
     parser.add_argument("--setups", type=_setups, metavar="A,B", help=f"of {', '.join(DEFAULT_SETUPS)}, or any D and x")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (full runs: benchmarks/results)")
-    parser.add_argument("--baseline-threads", type=_count, default=2, metavar="N", help="compute threads of vLLM (2)")
-    parser.add_argument("--attention-threads", type=_count, metavar="N", help="of each attention engine")
-    parser.add_argument("--expert-threads", type=_count, metavar="N", help="of each expert group")
-    parser.add_argument("--kv-cache-mib", type=_count, default=256, metavar="N", help="of each engine (256)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; without it they are shown only")
+    parser.add_argument("--baseline-threads", type=count, default=2, metavar="N", help="compute threads of vLLM (2)")
+    parser.add_argument("--attention-threads", type=count, metavar="N", help="of each attention engine")
+    parser.add_argument("--expert-threads", type=count, metavar="N", help="of each expert group")
+    parser.add_argument("--kv-cache-mib", type=count, default=256, metavar="N", help="of each engine (256)")
     given = vars(parser.parse_args(arguments))
     missing = QUICK if given.pop("quick") else FULL
     filled = {name: missing.get(name) if value is None else value for name, value in given.items()}
@@ -139,17 +138,6 @@ def _folder_of(checkpoint: str) -> str:
         make_checkpoint(making, preset=checkpoint)
         making.rename(folder)
     return str(folder)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_count(part) for part in text.split(",")))
 
 
 def _setups(text: str) -> tuple[Setup, ...]:

@@ -1,11 +1,11 @@
 """What bench_serving found, as Markdown for people and as JSON for programs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.serving_machine import Machine
+from benchmarks.result_files import add_section
+from benchmarks.serving_machine import Machine, facts_of
 from benchmarks.serving_process import ProcessMemory
 from benchmarks.serving_setups import BASELINE, TENSOR_PARALLEL
 from benchmarks.serving_stats import FIGURES, Cell, Spread, best_splits
@@ -41,13 +41,8 @@ class Report:
 
 def as_markdown(report: Report) -> str:
     """The section of one run; begins with its heading."""
-    machine = report.machine
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     facts = {
-        "machine": f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:.1f} GiB, "
-        f"{' '.join(machine.flags) or 'no vector flags known'}; {machine.system}",
-        "versions": versions,
-        "commit": machine.commit,
+        **facts_of(report.machine),
         "command": f"`{report.command}`",
         "date": report.date,
         **report.settings,
@@ -74,27 +69,7 @@ def as_json(report: Report) -> dict[str, object]:
 
 def write(report: Report, folder: Path) -> list[Path]:
     """Adds the run to the day's Markdown file and to latest.json, in the place of an earlier one with its title."""
-    folder.mkdir(parents=True, exist_ok=True)
-    day, latest = folder / f"{report.date}-serving.md", folder / "latest.json"
-    old = day.read_text() if day.exists() else f"# Serving, {report.date}\n"
-    day.write_text(replace_section(old, as_markdown(report)))
-    try:
-        found = json.loads(latest.read_text())
-    except (OSError, ValueError):
-        found = {}
-    # Other benchmarks have their own keys in it.
-    found.setdefault("serving", {})[report.title] = as_json(report)
-    latest.write_text(json.dumps(found, indent=1) + "\n")
-    return [day, latest]
-
-
-def replace_section(text: str, section: str) -> str:
-    """A Markdown text with a section of level 2 in the place of the one with the same heading, or at its end."""
-    head, *sections = ("\n" + text).split("\n## ")
-    new = section.removeprefix("## ").strip()
-    heading = new.splitlines()[0]
-    kept = [old.strip() for old in sections if old.strip() and old.strip().splitlines()[0] != heading]
-    return "\n\n## ".join([head.strip(), *kept, new]) + "\n"
+    return add_section(folder, "serving", as_markdown(report), as_json(report), date=report.date)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int) -> str:
@@ -115,12 +90,19 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def shown(spread: Spread | None) -> str:
+    """0.953 (0.941 to 0.970), or a dash."""
+    if spread is None:
+        return "-"
+    return f"{number(spread.median)} ({number(spread.lowest)} to {number(spread.highest)})"
+
+
 def _speed(cells: Sequence[Cell]) -> str:
     """One row per cell, by number of streams."""
     rows = []
     for cell in sorted(cells, key=lambda cell: cell.streams):  # stable: setups stay in their order
-        ratios = [_spread(cell.ratios.get(name)) for name in (BASELINE, TENSOR_PARALLEL)]
-        tokens_per_s, *latencies = (_spread(cell.figures[name]) for name in FIGURES)
+        ratios = [shown(cell.ratios.get(name)) for name in (BASELINE, TENSOR_PARALLEL)]
+        tokens_per_s, *latencies = (shown(cell.figures[name]) for name in FIGURES)
         same = "-" if cell.identical is None else f"{cell.identical:.1%}"
         rows.append([str(cell.streams), cell.setup, tokens_per_s, *ratios, *latencies, same])
     return table(_HEADINGS, rows, numbers_from=_NUMBERS_FROM)
@@ -128,7 +110,7 @@ def _speed(cells: Sequence[Cell]) -> str:
 
 def _best(best: Mapping[int, Cell]) -> str:
     rows = [
-        [str(streams), cell.setup, *(_spread(cell.ratios.get(name)) for name in (BASELINE, TENSOR_PARALLEL))]
+        [str(streams), cell.setup, *(shown(cell.ratios.get(name)) for name in (BASELINE, TENSOR_PARALLEL))]
         for streams, cell in sorted(best.items())
     ]
     return table((*_HEADINGS[:2], *_HEADINGS[3:5]), rows, numbers_from=_NUMBERS_FROM)
@@ -146,9 +128,3 @@ def _memory(memory: Mapping[str, Sequence[ProcessMemory]]) -> str:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / 2**20:.0f}"
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{number(spread.median)} ({number(spread.lowest)} to {number(spread.highest)})"

@@ -1,4 +1,4 @@
-"""The shapes of small random checkpoints: one per routing method and tensor layout, and one to measure."""
+"""The shapes of small random checkpoints: one per routing method and tensor layout, and two to measure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,6 +114,23 @@ PRESETS: Mapping[str, Preset] = {
             "num_key_value_heads": 8,
             "n_routed_experts": 64,
             "q_lora_rank": 256,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+        },
+    ),
+    "bench-1b": Preset(
+        family="DeepseekV2",
+        fields={
+            **_LATENT,
+            "vocab_size": 4096,
+            "hidden_size": 1536,
+            "intermediate_size": 3072,
+            "moe_intermediate_size": 256,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "n_routed_experts": 64,
+            "q_lora_rank": 384,
             "qk_nope_head_dim": 128,
             "v_head_dim": 128,
         },

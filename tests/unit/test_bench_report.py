@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.result_files import replace_section
 from benchmarks.serving_machine import Machine
 from benchmarks.serving_process import ProcessMemory
-from benchmarks.serving_report import Report, as_json, as_markdown, number, replace_section, table, write
+from benchmarks.serving_report import Report, as_json, as_markdown, number, table, write
 from benchmarks.serving_stats import (
     Measurement,
     Trace,
