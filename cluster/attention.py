@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import AttentionConfig
+from cluster.continuation import ReplicaLost
 from cluster.engine_link import EngineLinkOptions
 from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
 from experts.errors import GroupUnavailable, RequestError
@@ -53,7 +54,7 @@ class Attention:
         """Continues one prompt.
 
         prompt: has prompt_token_ids. sampling_params: output_kind says whether outputs are deltas or whole.
-        Raises GroupUnavailable where a step of the request could not be computed, or the engine died; retriable.
+        Raises GroupUnavailable where a step of the request could not be computed, ReplicaLost where the engine died.
         Closing the iterator aborts the request in the engine.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -67,7 +68,7 @@ class Attention:
                     _raise_if_poisoned(output)
                     yield output
         except EngineDeadError:
-            raise GroupUnavailable("the attention engine died; try again") from None
+            raise ReplicaLost("the attention engine died; try again") from None
         except ValueError as error:  # how vLLM refuses what it finds only when the request arrives
             raise RequestError(str(error)) from None
         finally:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, cast
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from cluster.continuation import ReplicaLost
 from cluster.gateway_errors import Overloaded
 from cluster.gateway_health import DeploymentHealth, Health, Json
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
@@ -70,8 +71,10 @@ def unwrapped(exc: Exception) -> Exception:
         exc = exc.cause
     if isinstance(exc, BackPressureError):
         return Overloaded("all attention replicas are busy and their queues are full; try again")
-    if isinstance(exc, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
-        return GroupUnavailable("the attention replica that had this request is gone; try again")
+    if isinstance(exc, RayActorError | ReplicaUnavailableError | ObjectLostError):
+        return ReplicaLost("the attention replica that had this request is gone; try again")
+    if isinstance(exc, DeploymentUnavailableError):
+        return GroupUnavailable("no attention replica could be started; try again")
     return exc
 
 
@@ -96,18 +99,20 @@ class Gateway:
         max_model_len: int,
         request_timeout_s: float,
         attention: DeploymentHandle,
+        drops_rows: bool = False,
         controller: DeploymentHandle | None = None,
         max_body_bytes: int = 4 << 20,
         keep: Sequence[DeploymentHandle] = (),
     ) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports below: everything needed is in the folder
+        from cluster.gateway_failover import ContinuingEngine
         from cluster.gateway_http import build_http_app
         from cluster.gateway_rpc import Rpc, model_info_of
         from cluster.gateway_vllm import ForwardingClient, vllm_config_of
 
         config = vllm_config_of(checkpoint, served_name, dtype=dtype, max_model_len=max_model_len)
         limits = Limits(max_model_len=max_model_len, vocab_size=config.model_config.get_vocab_size())
-        engine = HandleEngine(attention)
+        engine = ContinuingEngine(HandleEngine(attention), drops_rows=drops_rows)
         health = Health(_deployments, None if controller is None else lambda: _status_of(controller))
         client = ForwardingClient(config, engine, limits=limits, request_timeout_s=request_timeout_s)
         self._http_app = await build_http_app(

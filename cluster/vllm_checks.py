@@ -42,6 +42,8 @@ def _expected_signatures() -> list[tuple[type, str, tuple[str, ...]]]:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
     weights = ("self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype")
     return [
@@ -61,6 +63,10 @@ def _expected_signatures() -> list[tuple[type, str, tuple[str, ...]]]:
         (Scheduler, "finish_requests", ("self", "request_ids", "finished_status")),
         (KVCacheManager, "get_block_ids", ("self", "request_id")),
         (KVCacheManager, "evict_blocks", ("self", "block_ids")),
+        (Scheduler, "add_request", ("self", "request")),
+        (Request, "append_output_token_ids", ("self", "token_ids")),
+        (CachedRequestState, "__post_init__", ("self",)),
+        (TopKTopPSampler, "forward_native", ("self", "logits", "generators", "k", "p")),
         (Request, "get_finished_reason", ("self",)),
         (Request, "take_events", ("self",)),
     ]

@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Mapping
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from cluster.drop_mark import mark
 from cluster.step import CURRENT
+from cluster.vllm_resume import ResumingScheduler
 
 
-class PoisonAwareScheduler(Scheduler):
+class PoisonAwareScheduler(ResumingScheduler):
     """Given to vLLM as `scheduler_cls`; the worker must live in the same process (executor `uni`)."""
 
     def __init__(self, *args, **kwargs) -> None:

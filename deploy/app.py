@@ -56,6 +56,7 @@ def build(args: dict[str, object]) -> Application:
         max_model_len=config.model.max_model_len,
         request_timeout_s=gateway.request_timeout_s,
         attention=attention,
+        drops_rows=config.router.capacity_factor is not None,
         controller=controller,
         # A Serve application is what its ingress refers to; the gateway itself never calls these.
         keep=[router, *groups],

@@ -43,6 +43,22 @@ class Child:
         self.step(1_000_000)
         return [asdict(self._outcomes.pop(f"batch-{index}")) for index in range(len(prompts))]
 
+    def sample(self, prompts: Prompts, params: list[dict[str, Any]]) -> list[dict[str, object]]:
+        """One batch, each prompt with its own parameters: the tokens, and the log-probability of each (or 0)."""
+        from vllm import SamplingParams
+
+        assert self._llm is not None
+        given = [SamplingParams.from_optional(detokenize=False, **one) for one in params]
+        outputs = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], given, use_tqdm=False)
+        found: list[dict[str, object]] = []
+        for output in outputs:
+            [answer] = output.outputs
+            tokens = list(answer.token_ids)
+            rows = answer.logprobs or [{}] * len(tokens)
+            chosen = [row[token].logprob if token in row else 0.0 for token, row in zip(tokens, rows, strict=True)]
+            found.append({"tokens": tokens, "logprobs": chosen})
+        return found
+
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int) -> None:
         from vllm import SamplingParams
 
