@@ -54,8 +54,8 @@ class Child:
         for output in outputs:
             [answer] = output.outputs
             tokens = list(answer.token_ids)
-            rows = answer.logprobs or [{}] * len(tokens)
-            chosen = [row[token].logprob if token in row else 0.0 for token, row in zip(tokens, rows, strict=True)]
+            rows = answer.logprobs or [None] * len(tokens)
+            chosen = [row[token].logprob if row else 0.0 for token, row in zip(tokens, rows, strict=True)]
             found.append({"tokens": tokens, "logprobs": chosen})
         return found
 
