@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 VLLM ?= cpu
 # Options of `make bench`, such as BENCH="--parts micro"; `python -m benchmarks.bench --help` has all of them.
 BENCH ?=
+# Options of `make drill`, such as DRILL="--replicas 1"; `python -m benchmarks.drill --help` has all of them.
+DRILL ?=
 STAMP := $(VENV)/.installed-$(VLLM)
 
-.PHONY: help setup check format test serve parity bench nano clean
+.PHONY: help setup check format test serve parity bench drill nano clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +51,9 @@ parity: setup ## the cluster's tokens against one vLLM process, for every D, dty
 
 bench: setup ## every benchmark beside unmodified vLLM, with one page at the end (hours on two cores; goes on where it was stopped)
 	$(BIN)/python -m benchmarks.bench $(BENCH)
+
+drill: setup ## kills, stops, slows and cuts parts of a cluster that serves, and checks every token (half an hour on two cores)
+	$(BIN)/python -m benchmarks.drill --out benchmarks/results $(DRILL)
 
 nano: setup ## the embedded checkpoint, trained anew (an hour or two on two cores; goes on where it was stopped)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[nano]'
