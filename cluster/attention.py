@@ -1,5 +1,6 @@
 """The deployment `attention`: a vLLM engine that holds everything of the model but its routed experts."""
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -11,6 +12,8 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import AttentionConfig
 from cluster.continuation import ReplicaLost
 from cluster.engine_link import EngineLinkOptions
+from cluster.exporter import OFF, Publisher
+from cluster.metrics import AttentionMetrics
 from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
 from experts.errors import GroupUnavailable, RequestError
 from experts.group import ServedModel
@@ -25,12 +28,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+END_AFTER_S = 0.2
+ENGINE_DIED = 70  # exit code: EX_SOFTWARE of sysexits.h
+
 
 class Attention:
     """One engine. Its requests end with an error only if a step of theirs could not be computed in time."""
 
     def __init__(
-        self, controller: DeploymentHandle, model: ServedModel, config: AttentionConfig, max_model_len: int
+        self,
+        controller: DeploymentHandle,
+        model: ServedModel,
+        config: AttentionConfig,
+        max_model_len: int,
+        publisher: Publisher,
     ) -> None:
         set_up_logs()
         prepare_environment(threads=config.threads)
@@ -43,8 +54,11 @@ class Attention:
         self._member_id, self._node_id, self._pid = own_ids()
         self._incarnation = fresh_incarnation()
         self._requests = 0
-        arguments = engine_arguments(model, config, max_model_len=max_model_len, member_id=self._member_id)
+        arguments = engine_arguments(
+            model, config, max_model_len=max_model_len, member_id=self._member_id, publisher=publisher
+        )
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))  # type: ignore[arg-type]
+        publisher(self._member_id, AttentionMetrics(lambda: self._requests))
         self._lease = Lease(controller, self._describe)
         self._lease.start()
 
@@ -68,6 +82,7 @@ class Attention:
                     _raise_if_poisoned(output)
                     yield output
         except EngineDeadError:
+            self._end_soon()
             raise ReplicaLost("the attention engine died; try again") from None
         except ValueError as error:  # how vLLM refuses what it finds only when the request arrives
             raise RequestError(str(error)) from None
@@ -75,8 +90,24 @@ class Attention:
             self._requests -= 1
 
     async def check_health(self) -> None:
-        """Raises where the engine's process is gone; Serve replaces the replica then."""
-        await self._engine.check_health()
+        """Raises where the engine's process is gone or nobody renews the lease; Serve replaces the replica then."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._engine.check_health()
+        except EngineDeadError:
+            self._end_soon()
+            # Not vLLM's class: Serve's controller would import vLLM to read it, and stand still for twenty seconds.
+            raise RuntimeError("the engine of this attention replica died") from None
+        self._lease.check()
+
+    def _end_soon(self) -> None:
+        """Ends the process once those who wait for its engine have been told.
+
+        Serve would ask three times before it replaced the replica, and send it requests meanwhile.
+        """
+        log.error("the engine died, and this replica ends with it")
+        asyncio.get_running_loop().call_later(END_AFTER_S, os._exit, ENGINE_DIED)
 
     def __del__(self) -> None:
         if hasattr(self, "_lease"):
@@ -114,7 +145,7 @@ def prepare_environment(*, threads: int) -> None:
 
 
 def engine_arguments(
-    model: ServedModel, config: AttentionConfig, *, max_model_len: int, member_id: str
+    model: ServedModel, config: AttentionConfig, *, max_model_len: int, member_id: str, publisher: Publisher = OFF
 ) -> dict[str, object]:
     """Keyword arguments of vLLM's engine; the same for a replica, a test and a benchmark."""
     link = EngineLinkOptions(
@@ -126,6 +157,7 @@ def engine_arguments(
         member_id=member_id,
         step_timeout_s=config.step_timeout_s,
         start_timeout_s=config.start_timeout_s,
+        publisher=publisher,
     )
     return {
         **plain_engine_arguments(model, max_model_len=max_model_len, kv_cache_mib=config.kv_cache_mib),

@@ -13,6 +13,7 @@ class AttentionConfig(Settings):
     max_queued_requests: int = Field(default=1024, ge=1)  # past the ones in work; more are refused with 429
     step_timeout_s: float = Field(default=20.0, gt=0)  # a step that has no answer by then ends its requests
     start_timeout_s: float = Field(default=180.0, gt=0)  # how long an engine waits for its router when it starts
+    drain_timeout_s: float = Field(default=600.0, ge=0)  # a replica that is to go may finish its streams for so long
     num_cpus: float = Field(default=0.1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
 
@@ -24,4 +25,5 @@ class GatewayConfig(Settings):
     grpc_port: int = Field(default=9000, ge=1, le=65535)
     request_timeout_s: float = Field(default=600.0, gt=0, le=3600)
     max_ongoing_requests: int = Field(default=1000, ge=1)
+    drain_timeout_s: float = Field(default=600.0, ge=0)
     num_cpus: float = Field(default=0.1, ge=0)

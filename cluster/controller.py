@@ -1,14 +1,32 @@
 """The controller deployment: membership, placement, and the only clock. It is asked, it never calls."""
 
 import asyncio
+import logging
 import time
 from typing import TypedDict
 
+from cluster.autoscale_policy import Note, read_notes
+from cluster.exporter import OFF, Publisher
 from cluster.membership import Membership
+from cluster.metrics import ControllerMetrics
+from experts.member import own_ids
 from experts.placement import Member, Placement
 
+log = logging.getLogger(__name__)
+
 EXPIRE_EVERY_S = 0.5
+COUNT_EVERY_S = 2.0
 LONG_POLL_S = 10.0
+
+
+class GroupStatus(TypedDict):
+    """One expert group: how many copies are in the placement, how many there should be, and why."""
+
+    group: int
+    copies: int
+    target: int | None  # None, as the other two, while the policy has not said anything
+    reason: str | None
+    last_change: str | None
 
 
 class ClusterStatus(TypedDict):
@@ -17,22 +35,28 @@ class ClusterStatus(TypedDict):
     placement_version: int
     num_groups: int
     missing_groups: list[int]
+    groups: list[GroupStatus]
     members: list[dict[str, object]]
 
 
 class Controller:
     """One replica. Everything it knows comes from the members' leases, so a restart loses nothing for long."""
 
-    def __init__(self, *, num_groups: int, lease_s: float) -> None:
+    def __init__(self, *, num_groups: int, lease_s: float, publisher: Publisher = OFF) -> None:
         # Milliseconds since 1970: later for every start, and far ahead of what counting by ones can reach.
         self._membership = Membership(num_groups=num_groups, lease_s=lease_s, epoch=int(time.time() * 1000))
+        self._metrics = ControllerMetrics(num_groups)
+        publisher(own_ids()[0], self._metrics)
         self._changed = asyncio.Condition()
-        self._sweeper: asyncio.Task[None] | None = None  # begins with the first member, on the loop that serves it
+        # Both begin with the first member, on the loop that serves it.
+        self._sweeper: asyncio.Task[None] | None = None
+        self._counter: asyncio.Task[None] | None = None
 
     async def renew(self, member: Member) -> int:
         """Renews or begins a lease; the placement version that holds now."""
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep())
+            self._counter = asyncio.create_task(self._count_scale_changes())
         await self._publish(self._membership.renew(member, now_s=time.monotonic()))
         return self._membership.placement.version
 
@@ -51,10 +75,12 @@ class Controller:
 
     async def status(self) -> ClusterStatus:
         placement = self._membership.placement
+        notes = await self._notes()
         return {
             "placement_version": placement.version,
             "num_groups": placement.num_groups,
             "missing_groups": list(placement.missing_groups),
+            "groups": [_group(placement, group, notes.get(group)) for group in range(placement.num_groups)],
             "members": [_describe(member) for member in self._membership.members],
         }
 
@@ -67,6 +93,23 @@ class Controller:
             async with self._changed:
                 self._changed.notify_all()
 
+    async def _notes(self) -> dict[int, Note]:
+        """By group: why it has as many copies as it has."""
+        names = {f"experts-{group}": group for group in range(self._membership.placement.num_groups)}
+        notes = await asyncio.to_thread(read_notes, names)
+        return {names[name]: note for name, note in notes.items()}
+
+    async def _count_scale_changes(self) -> None:
+        while True:
+            await asyncio.sleep(COUNT_EVERY_S)
+            try:
+                notes = await self._notes()
+            except Exception as error:  # Ray's store is away: the next time tells what has happened meanwhile
+                log.warning("scale decisions not counted", extra={"reason": str(error)[:200]})
+                continue
+            for group, note in notes.items():
+                self._metrics.on_scale_changes(group, note["changes"])
+
     async def _sweep(self) -> None:
         due_s = time.monotonic()
         while True:
@@ -77,6 +120,17 @@ class Controller:
             # Renewals that wait behind our own delay are as late as we are.
             self._membership.extend(late_s)
             await self._publish(self._membership.expire(now_s=now_s))
+            self._metrics.on_sweep(self._membership.members, self._membership.placement)
+
+
+def _group(placement: Placement, group: int, note: Note | None) -> GroupStatus:
+    return {
+        "group": group,
+        "copies": len(placement.of_group(group)),
+        "target": None if note is None else note["target"],
+        "reason": None if note is None else note["reason"],
+        "last_change": None if note is None else note["last_change"],
+    }
 
 
 def _describe(member: Member) -> dict[str, object]:

@@ -1,10 +1,13 @@
 """From the options that an attention replica gives its engine to a client of the node's router."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Self, cast
 
 import torch
 
+from cluster.exporter import OFF, Publisher
+from cluster.metrics import ENGINE
 from cluster.router_client import RouterAddress, RouterClient
 from cluster.step import CURRENT
 from experts.checkpoint import open_checkpoint
@@ -26,9 +29,16 @@ class EngineLinkOptions:
     member_id: str
     step_timeout_s: float
     start_timeout_s: float
+    publisher: Publisher = OFF
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
+
+    @classmethod
+    def of(cls, options: Mapping[str, object]) -> Self:
+        """From `as_dict`."""
+        publisher = Publisher(**cast("dict[str, object]", options["publisher"]))  # type: ignore[arg-type]
+        return cls(**{**options, "publisher": publisher})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +47,7 @@ class EngineLink:
     shape: MoEShape
     max_rows: int  # tokens of one step at most
     start_timeout_s: float
+    publish: Callable[[], object]  # the engine's metrics, from now on
 
 
 def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
@@ -44,7 +55,7 @@ def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
 
     Raises ConfigError for a checkpoint or a secret that cannot be read.
     """
-    given = EngineLinkOptions(**options)  # type: ignore[arg-type]
+    given = EngineLinkOptions.of(options)
     checkpoint = open_checkpoint(given.checkpoint)
     shape = checkpoint.shape
     kernel_truncates(dtype)  # found out here, where a failure is a failed start and not a failed step
@@ -62,4 +73,11 @@ def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
         CURRENT,
         step_timeout_s=given.step_timeout_s,
     )
-    return EngineLink(client=client, shape=shape, max_rows=given.max_rows, start_timeout_s=given.start_timeout_s)
+    return EngineLink(
+        client=client,
+        shape=shape,
+        max_rows=given.max_rows,
+        start_timeout_s=given.start_timeout_s,
+        # Not on the node's port: the thread that computes steps leaves no time for it.
+        publish=lambda: given.publisher(given.member_id, ENGINE, exports=False),
+    )

@@ -53,6 +53,11 @@ class Refusal:
     retry_after_s: int | None = None
 
     @property
+    def outcome(self) -> str:
+        """Under which the request is counted; one of a few."""
+        return self.code or "refused"  # by a rule of vLLM's server that is not on our table
+
+    @property
     def body(self) -> dict[str, dict[str, str | None]]:
         """The OpenAI error body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.field, "code": self.code}}

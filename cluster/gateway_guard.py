@@ -24,6 +24,7 @@ from cluster.gateway_errors import (
     refusal_of_status,
 )
 from cluster.gateway_vllm import ADMISSION, Admission
+from cluster.metrics import GATEWAY
 from cluster.validate import Limits, check_request_id
 from experts.errors import RequestError
 
@@ -40,6 +41,7 @@ ROUTES: Mapping[str, str] = {
     "/metrics": "GET",
     "/expertmesh/status": "GET",
 }
+GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions"})
 _PYDANTIC = re.compile(r"""'msg': (['"])(.*?)\1""")
 _SSE_ERROR = b'data: {"error":'
 
@@ -63,10 +65,19 @@ class Guard:
         admission = Admission(asyncio.get_running_loop().time() + self._request_timeout_s)
         ADMISSION.set(admission)
         answer = _Answer(send, admission)
+        if scope.get("path") not in GENERATIONS or scope.get("method") == "OPTIONS":
+            await self._answer(scope, receive, answer)
+            return
+        with GATEWAY.request("http") as counted:
+            await self._answer(scope, receive, answer)
+            # A client that leaves ends the app without an error, and its answer in the middle.
+            counted.outcome = answer.outcome if answer.complete else "cancelled"
+
+    async def _answer(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         try:
             if scope["type"] != "http":
                 raise NoSuchRoute("only HTTP requests are served here")
-            scope, receive = await self._admit(scope, receive, admission)
+            scope, receive = await self._admit(scope, receive, answer.admission)
             await self._app(scope, receive, answer.send)
         except RequestError as exc:
             await answer.refuse(refusal_of(exc))
@@ -140,7 +151,8 @@ class _Answer:
 
     def __init__(self, send: Send, admission: Admission) -> None:
         self._send = send
-        self._admission = admission
+        self.admission = admission
+        self.outcome = "ok"  # or of the error that the client is told
         self._held: Message | None = None  # a start that waits for its first bytes
         self._error_body: bytearray | None = None  # of an error answer, until complete
         self._begun = False
@@ -162,6 +174,7 @@ class _Answer:
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answers with an error, as a whole answer or, when one has begun, as its last event."""
+        self.outcome = refusal.outcome
         if self._begun:
             await self._pass({"type": "http.response.body", "body": _event(refusal)})
             return
@@ -185,6 +198,7 @@ class _Answer:
                 self._error_body = bytearray()
                 await self.refuse(refusal)
                 return
+            self.outcome = refusal.outcome
             message = {**message, "body": _event(refusal)}
         if self._held is not None:
             held, self._held = self._held, None
@@ -198,8 +212,8 @@ class _Answer:
 
     def _read_error(self, body: bytes, status: int) -> Refusal:
         """An error that vLLM's server has written, in our words; a refusal that passed through it, as it was."""
-        if self._admission.refusal is not None:
-            return self._admission.refusal
+        if self.admission.refusal is not None:
+            return self.admission.refusal
         try:
             error = json.loads(body)["error"]
             message, field, code = str(error["message"]), error.get("param"), error.get("code")

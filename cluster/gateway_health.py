@@ -52,9 +52,21 @@ class Health:
         return sorted(name for name, health in deployments.items() if not health.can_serve)
 
     async def status(self) -> Json:
-        """The status page: the controller's, and every deployment of the application. Raises ServingError."""
-        deployments = await self._ask()
-        page: Json = {"ready": all(health.can_serve for health in deployments.values())}
+        """The status page: the controller's, and every deployment of the application, as Serve told it last.
+
+        Raises ServingError where Serve has never told.
+        """
+        try:
+            deployments = await self._ask()
+        except ServingError:
+            # Serve is busy, most likely because something has just happened: the very moment to show what is known.
+            if not self._seen:
+                raise
+            deployments = self._seen
+        page: Json = {
+            "ready": all(health.can_serve for health in deployments.values()),
+            "deployments_age_s": round(time.monotonic() - self._seen_at_s, 1),
+        }
         if self.controller is not None:
             try:
                 page["controller"] = await self._bounded(self.controller())

@@ -27,6 +27,7 @@ from cluster.gateway_errors import Refusal, RefusedStream, refusal_of
 from cluster.gateway_health import Health, serving_status
 from cluster.gateway_run import Engine, run
 from cluster.gateway_vllm import new_request_id
+from cluster.metrics import GATEWAY
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.validate import GenerationRequest, Limits, check, check_length, check_model
 from experts.errors import RequestError
@@ -64,30 +65,35 @@ class Rpc:
 
     async def generate(self, request: pb.GenerateRequest, context: GrpcContext) -> pb.GenerateResponse:
         answer = pb.GenerateResponse()
-        try:
-            async with aclosing(self._run(request, RequestOutputKind.FINAL_ONLY)) as outputs:
-                async for request_id, output in outputs:
-                    answer = _response(request_id, output)
-        except Exception as exc:
-            refusal = refusal_of(exc)
-            _tell(context, refusal)
-            if refusal.retry_after_s is not None:
-                context.set_trailing_metadata([("retry-after", str(refusal.retry_after_s))])
-            return pb.GenerateResponse()
+        with GATEWAY.request("grpc") as counted:
+            try:
+                async with aclosing(self._run(request, RequestOutputKind.FINAL_ONLY)) as outputs:
+                    async for request_id, output in outputs:
+                        answer = _response(request_id, output)
+            except Exception as exc:
+                refusal = refusal_of(exc)
+                counted.outcome = refusal.outcome
+                _tell(context, refusal)
+                if refusal.retry_after_s is not None:
+                    context.set_trailing_metadata([("retry-after", str(refusal.retry_after_s))])
+                return pb.GenerateResponse()
         return answer
 
     async def generate_stream(
         self, request: pb.GenerateRequest, context: GrpcContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         num_new_tokens = 0
-        try:
-            async with aclosing(self._run(request, RequestOutputKind.DELTA)) as outputs:
-                async for request_id, output in outputs:
-                    num_new_tokens += len(output.outputs[0].token_ids)
-                    yield _chunk(request_id, output, num_new_tokens)
-        except Exception as exc:
-            _tell(context, refusal_of(exc))
-            raise RefusedStream from None
+        with GATEWAY.request("grpc") as counted:
+            try:
+                async with aclosing(self._run(request, RequestOutputKind.DELTA)) as outputs:
+                    async for request_id, output in outputs:
+                        num_new_tokens += len(output.outputs[0].token_ids)
+                        yield _chunk(request_id, output, num_new_tokens)
+            except Exception as exc:
+                refusal = refusal_of(exc)
+                counted.outcome = refusal.outcome
+                _tell(context, refusal)
+                raise RefusedStream from None
 
     async def _run(
         self, request: pb.GenerateRequest, kind: RequestOutputKind

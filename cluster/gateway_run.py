@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.metrics import GATEWAY
 from experts.errors import DeadlineExceeded, ServingError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ async def run(
     Raises DeadlineExceeded when it passes, ServingError when the engine stops without an answer, and what
     the engine raises. However it ends, the engine's generator is closed.
     """
+    # An answer in one piece does not say when its tokens were made.
+    clock = None if params.output_kind.name == "FINAL_ONLY" else GATEWAY.stream()
     outputs = engine.generate({"prompt_token_ids": prompt_token_ids}, params, f"{request_id}-{uuid.uuid4().hex[:8]}")
     try:
         finished = False
@@ -47,6 +50,8 @@ async def run(
             output = await _next_before(deadline, outputs)
             _refuse_unfinished(output)
             finished = output.finished
+            if clock is not None and any(choice.token_ids for choice in output.outputs):
+                clock.on_tokens()
             yield output
     finally:
         await outputs.aclose()

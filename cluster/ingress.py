@@ -21,11 +21,14 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cluster.continuation import ReplicaLost
+from cluster.exporter import OFF, Publisher
 from cluster.gateway_errors import Overloaded
 from cluster.gateway_health import DeploymentHealth, Health, Json
+from cluster.metrics import GATEWAY
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.validate import Limits
 from experts.errors import GroupUnavailable, ServingError
+from experts.member import own_ids
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -103,6 +106,7 @@ class Gateway:
         controller: DeploymentHandle | None = None,
         max_body_bytes: int = 4 << 20,
         keep: Sequence[DeploymentHandle] = (),
+        publisher: Publisher = OFF,
     ) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports below: everything needed is in the folder
         from cluster.gateway_failover import ContinuingEngine
@@ -113,6 +117,8 @@ class Gateway:
         config = vllm_config_of(checkpoint, served_name, dtype=dtype, max_model_len=max_model_len)
         limits = Limits(max_model_len=max_model_len, vocab_size=config.model_config.get_vocab_size())
         engine = ContinuingEngine(HandleEngine(attention), drops_rows=drops_rows)
+        GATEWAY.failovers = lambda: {"continued": engine.continued, "given_up": engine.given_up}
+        publisher(own_ids()[0], GATEWAY)
         health = Health(_deployments, None if controller is None else lambda: _status_of(controller))
         client = ForwardingClient(config, engine, limits=limits, request_timeout_s=request_timeout_s)
         self._http_app = await build_http_app(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.metrics import ENGINE, EngineMetrics
 from cluster.step import Step
 from experts.compute_cpu import kernel_truncates
 from experts.errors import LinkError
@@ -40,11 +41,20 @@ class _Question:
 class RouterClient:
     """Asks the router for the routed experts' sum of one layer. Never raises: what fails poisons the step."""
 
-    def __init__(self, router: RouterAddress, limits: Limits, step: Step, *, step_timeout_s: float) -> None:
+    def __init__(
+        self,
+        router: RouterAddress,
+        limits: Limits,
+        step: Step,
+        *,
+        step_timeout_s: float,
+        metrics: EngineMetrics = ENGINE,
+    ) -> None:
         self._router = router
         self._limits = limits
         self._step = step
         self._step_timeout_s = step_timeout_s
+        self._metrics = metrics
         self._link: BlockingLink | None = None
         self._seq = 0
         self._asked: _Question | None = None
@@ -90,7 +100,11 @@ class RouterClient:
 
     def answer(self, like: Tensor) -> Tensor:
         """The routed experts' sum for what was asked, a fresh tensor like `like`; zeros where the step is poisoned."""
-        result = self._wait() if self._asked is not None else None
+        result = None
+        if self._asked is not None:
+            begun_s = time.monotonic()
+            result = self._wait()
+            self._metrics.wait_notes.append(time.monotonic() - begun_s)
         self._asked = None
         if result is None:
             return torch.zeros_like(like)
@@ -107,6 +121,7 @@ class RouterClient:
                 if self._link is None:
                     self._open(deadline_s)
                     self._send(deadline_s)
+                    self._metrics.question_retries += 1
                 return self._receive(deadline_s)
             except TimeoutError:
                 self._lose_link()  # a late answer must not meet the next question

@@ -67,6 +67,7 @@ def _expected_signatures() -> list[tuple[type, str, tuple[str, ...]]]:
         (Request, "append_output_token_ids", ("self", "token_ids")),
         (CachedRequestState, "__post_init__", ("self",)),
         (TopKTopPSampler, "forward_native", ("self", "logits", "generators", "k", "p")),
+        (TopKTopPSampler, "forward_cpu", ("self", "logits", "generators", "k", "p")),
         (Request, "get_finished_reason", ("self",)),
         (Request, "take_events", ("self",)),
     ]

@@ -89,6 +89,7 @@ class RemoteExpertsLoader(DefaultModelLoader):
         limit_steps(vllm_config, link.max_rows)
         link.client.connect(timeout_s=link.start_timeout_s)
         RemoteExpertsMethod.link = link
+        link.publish()
         return model
 
 

@@ -8,6 +8,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from cluster.drop_mark import mark
+from cluster.metrics import ENGINE
 from cluster.step import CURRENT
 from cluster.vllm_resume import ResumingScheduler
 
@@ -21,9 +22,11 @@ class PoisonAwareScheduler(ResumingScheduler):
         self._step_blocks: Mapping[str, frozenset[int]] = {}
         # By request id: rows dropped in its steps and not reported yet; of every request that ever had any.
         self._dropped_rows: dict[str, int] = {}
+        ENGINE.requests = lambda: (len(self.running), len(self.waiting))
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         CURRENT.begin()
+        ENGINE.begin_step()
         output = super().schedule(*args, **kwargs)
         if self.kv_cache_manager.enable_caching:
             # Noted now: a request that is aborted during the step has lost its blocks when the step ends.
@@ -45,6 +48,7 @@ class PoisonAwareScheduler(ResumingScheduler):
             self._mark(outputs)
         for client_index, output in ended:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
+        ENGINE.end_step(scheduler_output.total_num_scheduled_tokens, poisoned=reason is not None)
         return outputs
 
     def _end(self, scheduler_output: SchedulerOutput, reason: str) -> list[tuple[int, EngineCoreOutput]]:

@@ -5,18 +5,25 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.attention import Attention
+from cluster.autoscale_config import AutoscaleConfig
 from cluster.config import GatewayConfig
 from cluster.controller import Controller
+from cluster.exporter import Publisher
 from cluster.ingress import GRPC_SERVICER_FUNCTIONS, Gateway
 from deploy.config import DeploymentConfig, Resolved, pinned, resolve
+from experts.config import Settings
 from experts.group import ExpertGroup, ServedModel
 from router.service import Router
 
 APP_NAME = "expertmesh"
+REPORT_EVERY_S = 1.0  # an expert replica tells Serve its load
 
 
 def build(args: dict[str, object]) -> Application:
-    """The application. args: `config` (a DeploymentConfig as a dict, its checkpoint a folder) and `runtime_dir`."""
+    """The application, with a replica of each deployment; how many there shall be is said beside it (`_elastic`).
+
+    args: `config` (a DeploymentConfig as a dict, its checkpoint a folder) and `runtime_dir`.
+    """
     config = DeploymentConfig.model_validate(args["config"])
     resolved = resolve(config)
     model = ServedModel(
@@ -26,30 +33,24 @@ def build(args: dict[str, object]) -> Application:
         max_rows=config.max_rows,
         runtime_dir=str(args["runtime_dir"]),
     )
-    controller = _deployment(Controller, "controller", num_cpus=0.1).bind(
-        num_groups=model.num_groups, lease_s=config.experts.lease_s
+    publisher = Publisher.of(config.metrics, model.runtime_dir)
+    # Never two at a time: each would know half of the members.
+    controller = _deployment(Controller, "controller", num_cpus=0.1, max_surge_percent=0).bind(
+        num_groups=model.num_groups, lease_s=config.experts.lease_s, publisher=publisher
     )
     groups = [_expert_group(controller, model, config, group) for group in range(model.num_groups)]
-    router = _deployment(Router, "router", num_replicas=config.router.replicas, num_cpus=config.router.num_cpus).bind(
-        controller, model, config.router
+    router = _deployment(Router, "router", num_cpus=config.router.num_cpus).bind(
+        controller, model, config.router, publisher
     )
     attention = _deployment(
         Attention,
         "attention",
-        num_replicas=config.attention.replicas,
         num_cpus=config.attention.num_cpus,
         num_gpus=config.attention.num_gpus,
         max_ongoing_requests=4 * config.attention.max_num_seqs,
-        max_queued_requests=config.attention.max_queued_requests,
-    ).bind(controller, model, config.attention, config.model.max_model_len)
+    ).bind(controller, model, config.attention, config.model.max_model_len, publisher)
     gateway = config.gateway
-    return _deployment(
-        Gateway,
-        "gateway",
-        num_replicas=gateway.replicas,
-        num_cpus=gateway.num_cpus,
-        max_ongoing_requests=gateway.max_ongoing_requests,
-    ).bind(
+    return _deployment(Gateway, "gateway", num_cpus=gateway.num_cpus).bind(
         checkpoint=model.checkpoint,
         served_name=resolved.served_name,
         dtype=resolved.dtype,
@@ -60,19 +61,21 @@ def build(args: dict[str, object]) -> Application:
         controller=controller,
         # A Serve application is what its ingress refers to; the gateway itself never calls these.
         keep=[router, *groups],
+        publisher=publisher,
     )
 
 
 def serve_config(resolved: Resolved, runtime_dir: str) -> ServeDeploySchema:
     """The declarative form of the application, as `serve deploy` and RayService take it."""
-    config = resolved.config
-    args = {"config": pinned(resolved).model_dump(), "runtime_dir": runtime_dir}
-    return ServeDeploySchema.model_validate(
-        {
-            "applications": [{"name": APP_NAME, "route_prefix": "/", "import_path": "deploy.app:build", "args": args}],
-            **serve_options(config.gateway),
-        }
-    )
+    config = pinned(resolved)
+    application = {
+        "name": APP_NAME,
+        "route_prefix": "/",
+        "import_path": "deploy.app:build",
+        "args": {"config": _fixed(config).model_dump(), "runtime_dir": runtime_dir},
+        "deployments": _elastic(config),
+    }
+    return ServeDeploySchema.model_validate({"applications": [application], **serve_options(config.gateway)})
 
 
 def serve_options(gateway: GatewayConfig) -> dict[str, dict[str, object]]:
@@ -87,15 +90,89 @@ def serve_options(gateway: GatewayConfig) -> dict[str, dict[str, object]]:
     }
 
 
+def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
+    """What may change while the cluster runs, without a restart of any replica that stays.
+
+    Serve restarts everything when the application's arguments are others, so none of this may be among them.
+    """
+    gateway, attention = config.gateway, config.attention
+    return [
+        {
+            "name": "gateway",
+            "num_replicas": gateway.replicas,
+            "max_ongoing_requests": gateway.max_ongoing_requests,
+            "graceful_shutdown_timeout_s": gateway.drain_timeout_s,
+        },
+        {"name": "router", "num_replicas": config.router.replicas},
+        {
+            "name": "attention",
+            "num_replicas": attention.replicas,
+            "max_queued_requests": attention.max_queued_requests,
+            "graceful_shutdown_timeout_s": attention.drain_timeout_s,
+        },
+        *(
+            {"name": f"experts-{group}", "autoscaling_config": _expert_scaling(config)}
+            for group in range(config.experts.groups)
+        ),
+    ]
+
+
+def _fixed(config: DeploymentConfig) -> DeploymentConfig:
+    """The config with everything that `_elastic` says at its default: what is left can only change with a restart."""
+    sections = {
+        "gateway": config.gateway.model_copy(
+            update=_defaults(config.gateway, "replicas", "max_ongoing_requests", "drain_timeout_s")
+        ),
+        "router": config.router.model_copy(update=_defaults(config.router, "replicas")),
+        "attention": config.attention.model_copy(
+            update=_defaults(config.attention, "replicas", "max_queued_requests", "drain_timeout_s")
+        ),
+        "experts": config.experts.model_copy(update=_defaults(config.experts, "replicas")),
+        "autoscale": AutoscaleConfig(window_s=config.autoscale.window_s),
+    }
+    return config.model_copy(update=sections)
+
+
+def _defaults(section: Settings, *keys: str) -> dict[str, object]:
+    return {key: type(section).model_fields[key].default for key in keys}
+
+
+def _expert_scaling(config: DeploymentConfig) -> dict[str, object]:
+    """Serve's autoscaling of one expert group, by our policy; also where the bounds leave nothing to decide.
+
+    So a group whose bounds are moved apart later needs no restart.
+    """
+    least, most = config.expert_copies
+    return {
+        "min_replicas": least,
+        "max_replicas": most,
+        # The policy has delays of its own, and what it decides is meant.
+        "upscale_delay_s": 0.0,
+        "downscale_delay_s": 0.0,
+        "metrics_interval_s": REPORT_EVERY_S,
+        "look_back_period_s": 5 * REPORT_EVERY_S,
+        "policy": {
+            "policy_function": "cluster.autoscale_policy:ExpertLoadPolicy",
+            "policy_kwargs": config.autoscale.model_dump(exclude={"min_replicas", "max_replicas"}),
+        },
+    }
+
+
 def _expert_group(controller: Application, model: ServedModel, config: DeploymentConfig, group: int) -> Application:
     experts = config.experts
     return _deployment(
         ExpertGroup,
         f"experts-{group}",
-        num_replicas=experts.replicas,
         num_cpus=experts.num_cpus,
         num_gpus=experts.num_gpus,
-    ).bind(controller, model, experts, group)
+    ).bind(
+        controller,
+        model,
+        experts,
+        group,
+        load_window_s=config.autoscale.window_s,
+        publish=Publisher.of(config.metrics, model.runtime_dir),
+    )
 
 
 def _deployment(
@@ -104,24 +181,21 @@ def _deployment(
     *,
     num_cpus: float,
     num_gpus: float = 0,
-    num_replicas: int = 1,
     max_ongoing_requests: int = 1000,
-    max_queued_requests: int = -1,  # no limit, as Serve has it
-    max_replicas_per_node: int | None = None,
+    max_surge_percent: int = 100,
 ) -> serve.Deployment:
+    """max_surge_percent: of the replicas, how many may be replaced before they are stopped, at a time."""
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    if num_gpus:
+        max_surge_percent = 0  # there is no GPU to spare, most likely, and the replacement would wait for ever
     decorate = serve.deployment(
         name=name,
-        num_replicas=num_replicas,
         ray_actor_options=options,
         max_ongoing_requests=max_ongoing_requests,
-        max_queued_requests=max_queued_requests,
+        max_surge_percent=max_surge_percent,
         graceful_shutdown_timeout_s=5,
         # A replica that dies is noticed within a second or so; Serve's default is ten.
         health_check_period_s=1,
         health_check_timeout_s=5,
     )
-    deployment = decorate(cls)
-    return (
-        deployment if max_replicas_per_node is None else deployment.options(max_replicas_per_node=max_replicas_per_node)
-    )
+    return decorate(cls)

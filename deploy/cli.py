@@ -16,7 +16,8 @@ from pathlib import Path
 
 from deploy import make_checkpoint, parity
 from deploy.config import DEFAULT_CONFIG, check_machine, load, resolve, state_dir
-from deploy.local import START_TIMEOUT_S, LocalCluster, RunningCluster
+from deploy.local import LocalCluster, RunningCluster
+from deploy.waiting import START_TIMEOUT_S
 from experts.errors import ConfigError, ExpertmeshError
 
 STOP_TIMEOUT_S = 60.0
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    up = _command(commands, "up", _up, "start a cluster on this machine and serve until Ctrl-C")
+    up = _command(commands, "up", _up, "start a cluster on this machine, or give a new config to the one that runs")
     up.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="config file (default: the laptop's)")
     up.add_argument("--detach", action="store_true", help="return when it answers; `expertmesh down` ends it")
 
@@ -92,12 +93,13 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:  #
 
 
 def _up(args: argparse.Namespace) -> int:
+    resolved = resolve(load(args.config))
     running = RunningCluster.find()
     if running is not None:
-        raise ConfigError(
-            f"a cluster is running already (pid {running.pid}, {running.http}); `expertmesh down` ends it"
-        )
-    resolved = resolve(load(args.config))
+        from deploy.change import change
+
+        change(running, resolved, say=_say)
+        return 0
     check_machine(resolved)
     if args.detach:
         return _detach(args)

@@ -13,7 +13,9 @@ import torch
 import yaml
 from pydantic import Field, ValidationError
 
+from cluster.autoscale_config import AutoscaleConfig
 from cluster.config import AttentionConfig, GatewayConfig
+from cluster.exporter import MetricsConfig
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.config import ExpertsConfig, ModelConfig, Settings
 from experts.errors import ConfigError
@@ -35,6 +37,14 @@ class DeploymentConfig(Settings):
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
+    autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+
+    @property
+    def expert_copies(self) -> tuple[int, int]:
+        """Copies of each expert group, at least and at most."""
+        scale, fixed = self.autoscale, self.experts.replicas
+        return (scale.min_replicas, scale.max_replicas) if scale.enabled else (fixed, fixed)
 
     @property
     def max_rows(self) -> int:
@@ -90,6 +100,11 @@ def resolve(config: DeploymentConfig) -> Resolved:
     named = config.model.checkpoint
     folder = EMBEDDED if named == "embedded" else Path(named)
     checkpoint = open_checkpoint(folder.absolute())
+    if config.autoscale.enabled and config.experts.replicas != 1:
+        raise ConfigError(
+            f"experts.replicas is {config.experts.replicas}, and autoscale allows {config.autoscale.min_replicas} to "
+            f"{config.autoscale.max_replicas} copies of each group: leave out one of the two"
+        )
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = str(checkpoint.dtype).removeprefix("torch.")
@@ -120,6 +135,9 @@ def check_machine(resolved: Resolved) -> None:
     gateway = resolved.config.gateway
     if gateway.http_port == gateway.grpc_port:
         raise ConfigError(f"gateway.http_port and gateway.grpc_port are both {gateway.http_port}: they must differ")
+    metrics = resolved.config.metrics
+    if metrics.enabled and metrics.port in (gateway.http_port, gateway.grpc_port):
+        raise ConfigError(f"metrics.port is {metrics.port}, as a port of the gateway: they must differ")
     for key, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
         if (problem := _cannot_bind(gateway.http_host, port)) is not None:
             raise ConfigError(f"gateway.{key}: port {port} {problem}")
@@ -140,8 +158,9 @@ def memory_needed(resolved: Resolved) -> int:
     rest = max(stored - bytes_needed(checkpoint, shape.num_experts, checkpoint.dtype), 0)
     rest *= getattr(torch, resolved.dtype).itemsize / checkpoint.dtype.itemsize
     attention = config.attention.replicas * (rest + (config.attention.kv_cache_mib << 20) + (1400 << 20))
-    processes = config.experts.groups * config.experts.replicas + config.router.replicas
-    return int(routed * config.experts.replicas + attention + processes * (350 << 20) + (1500 << 20))
+    _, copies = config.expert_copies
+    processes = config.experts.groups * copies + config.router.replicas
+    return int(routed * copies + attention + processes * (350 << 20) + (1500 << 20))
 
 
 def _check_lengths(config: DeploymentConfig, checkpoint: Checkpoint) -> None:

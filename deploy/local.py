@@ -10,29 +10,20 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import psutil
 
 from deploy.config import DeploymentConfig, Resolved, pinned, state_dir
-from experts.errors import ExpertmeshError
+from deploy.waiting import Say, StartError, last_sentence, wait_until_running
 from experts.handshake import write_secret
 
-if TYPE_CHECKING:
-    from ray.serve._private.application_state import StatusOverview
-    from ray.serve._private.client import ServeControllerClient
-
-START_TIMEOUT_S = 600.0
-POLL_S = 1.0
-Say = Callable[[str], None]
-
-
-class StartError(ExpertmeshError):
-    """The cluster did not come up; the text says which part, and why."""
+TOKEN_FILE = "ray_token"  # noqa: S105  (a file name, in the runtime folder)
+SHUTDOWN_TIMEOUT_S = 10.0  # for Serve to end its replicas one by one; what is left then is ended with Ray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +40,9 @@ class RunningCluster:
     attention_replicas: int
     max_model_len: int
     log_dir: str
+    runtime_dir: str
+    ray_address: str  # host:port
+    ray_cpus: int  # that replicas can book from Ray
     config: dict[str, object]  # the whole DeploymentConfig, its checkpoint a folder
     started_s: float  # of the process, since 1970: a pid may come again
 
@@ -80,6 +74,9 @@ class LocalCluster:
         # Short, since it holds Unix sockets, whose paths may have 107 bytes.
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="em-"))
         self._started_s = time.monotonic()
+        # Bookkeeping only: so many that everything finds a place, its replacement too, and more replicas later.
+        self._ray_cpus = 2 * math.ceil(booked_cpus(resolved.config)) + 1
+        self._ray_address = ""
 
     def __enter__(self) -> Self:
         try:
@@ -106,6 +103,9 @@ class LocalCluster:
             attention_replicas=self._resolved.config.attention.replicas,
             max_model_len=self._resolved.config.model.max_model_len,
             log_dir=str(self.runtime_dir / "ray" / "session_latest" / "logs"),
+            runtime_dir=str(self.runtime_dir),
+            ray_address=self._ray_address,
+            ray_cpus=self._ray_cpus,
             config=pinned(self._resolved).model_dump(),
             started_s=psutil.Process().create_time(),
         )
@@ -113,17 +113,17 @@ class LocalCluster:
     def stop(self, *, keep_logs: bool = False) -> None:
         """Ends Serve and Ray, and removes the runtime folder; Ray's logs are kept where the start failed."""
         import ray
-        from ray import serve
+        from ray.serve.context import _get_global_client
 
         children = psutil.Process().children(recursive=True)
         with _undisturbed():
             try:
-                if ray.is_initialized():
-                    serve.shutdown()
+                if ray.is_initialized() and (client := _get_global_client()) is not None:
+                    client.shutdown(timeout_s=SHUTDOWN_TIMEOUT_S)
             finally:
                 ray.shutdown()
                 _end(children)  # also where Ray has not come up as far as that it could end them itself
-        for secret in ("secret", "ray_token"):
+        for secret in ("secret", TOKEN_FILE):
             (self.runtime_dir / secret).unlink(missing_ok=True)
         if keep_logs and (self.runtime_dir / "ray").exists():
             self._say(f"logs are kept in {self.runtime_dir / 'ray' / 'session_latest' / 'logs'}")
@@ -145,8 +145,7 @@ class LocalCluster:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(
-                # Bookkeeping only: as many as are booked, so that everything finds a place.
-                num_cpus=math.ceil(booked_cpus(self._resolved.config)) + 1,
+                num_cpus=self._ray_cpus,
                 include_dashboard=False,
                 namespace="serve",
                 log_to_driver=False,
@@ -155,7 +154,8 @@ class LocalCluster:
                 _temp_dir=str(self.runtime_dir / "ray"),
             )
         except Exception as error:  # Ray has no error of its own for a start that failed
-            raise StartError(f"Ray did not start: {_last_sentence(str(error))}; is this machine overloaded?") from error
+            raise StartError(f"Ray did not start: {last_sentence(str(error))}; is this machine overloaded?") from error
+        self._ray_address = ray.get_runtime_context().gcs_address
         if _in_main_thread():
             # Ray's own handler of SIGTERM ends the process on the spot, and would leave everything else running.
             for number, handler in handlers.items():
@@ -170,41 +170,25 @@ class LocalCluster:
         client = _get_global_client()
         assert client is not None
         client.deploy_apps(serve_config(self._resolved, str(self.runtime_dir)))
-        self._wait(client)
-
-    def _wait(self, client: "ServeControllerClient") -> None:
-        """Shows progress until every deployment is healthy. Raises StartError with the reason of what failed."""
-        from deploy.app import APP_NAME
-
-        shown = ""
-        while time.monotonic() - self._started_s < START_TIMEOUT_S:
-            # Not serve.status(): it pickles a class per deployment, which takes a second of CPU each time.
-            app = client.get_serve_status(APP_NAME)
-            if app.app_status.status == "RUNNING":
-                self._say(f"ready after {time.monotonic() - self._started_s:.0f} s")
-                return
-            if app.app_status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise StartError(_why(app))
-            progress = _progress(app)
-            if progress != shown:
-                shown = progress
-                self._say(f"{time.monotonic() - self._started_s:4.0f} s  {progress}")
-            time.sleep(POLL_S)
-        raise StartError(f"the cluster was not ready after {START_TIMEOUT_S:.0f} s: {shown}")
+        wait_until_running(client, started_s=self._started_s, say=self._say)
 
 
 def prepare_ray_environment(runtime_dir: Path) -> None:
-    """What Ray and all its workers inherit: full priority, a token of their own, our packages, no telemetry."""
-    token = runtime_dir / "ray_token"
-    descriptor = os.open(token, os.O_WRONLY | os.O_CREAT, 0o600)
+    """Makes the cluster's token, and sets what Ray and all its workers inherit."""
+    descriptor = os.open(runtime_dir / TOKEN_FILE, os.O_WRONLY | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
+    os.environ |= ray_environment(runtime_dir)
+
+
+def ray_environment(runtime_dir: Path) -> dict[str, str]:
+    """Full priority, a token of the cluster's own, our packages, no telemetry."""
     root = str(Path(__file__).parents[1])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    os.environ |= {
+    return {
         "RAY_worker_niceness": "0",  # the default of 15 leaves the data plane behind every other process
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_AUTH_TOKEN_PATH": str(runtime_dir / TOKEN_FILE),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
@@ -214,32 +198,10 @@ def prepare_ray_environment(runtime_dir: Path) -> None:
     }
 
 
-def _progress(app: "StatusOverview") -> str:
-    """Deployments that are up, and those that are not."""
-    waiting = sorted(d.name for d in app.deployment_statuses if d.status != "HEALTHY")
-    total = len(app.deployment_statuses)
-    if not total:
-        return "building the application"
-    return f"{total - len(waiting)} of {total} deployments up, waiting for {', '.join(waiting)}"
-
-
-def _why(app: "StatusOverview") -> str:
-    """The last line of what a replica said when it failed: our own errors are one sentence there."""
-    for deployment in sorted(app.deployment_statuses, key=lambda d: d.name):
-        if deployment.status not in ("HEALTHY", "UPDATING") and deployment.message:
-            return f"{deployment.name} did not start: {_last_sentence(deployment.message)}"
-    return f"the application did not start: {_last_sentence(app.app_status.message)}"
-
-
-def _last_sentence(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    ours = [line for line in lines if "experts.errors." in line]
-    return (ours or lines or ["no reason given"])[-1]
-
-
 def booked_cpus(config: DeploymentConfig) -> float:
     """CPUs that all replicas book from Ray, the controller and Serve's own actors included."""
-    groups = config.experts.groups * config.experts.replicas * config.experts.num_cpus
+    _, copies = config.expert_copies
+    groups = config.experts.groups * copies * config.experts.num_cpus
     parts = (config.router, config.attention, config.gateway)
     return groups + sum(part.replicas * part.num_cpus for part in parts) + 1
 

@@ -33,6 +33,7 @@ def status_table(status: Mapping[str, object]) -> str:
     lines += ["", f"placement version {cluster.get('placement_version')}"]
     if missing:
         lines.append(f"without a live copy: expert groups {', '.join(map(str, missing))}")
+    lines += ["", *_groups(cast("list[Mapping[str, object]]", cluster.get("groups", [])))]
     return "\n".join([*lines, "", *_members(cast("list[dict[str, object]]", cluster.get("members", [])))])
 
 
@@ -70,6 +71,18 @@ def generate(address: str, prompt: str, *, max_tokens: int, temperature: float, 
     if last.dropped_rows:
         print(_DROPPED.format(last.dropped_rows), file=sys.stderr)
     return 0
+
+
+def _groups(groups: list[Mapping[str, object]]) -> list[str]:
+    """Copies of each expert group, and why there are so many."""
+    lines = [f"{'expert group':<14}{'copies':<12}why"]
+    for group in groups:
+        target = group.get("target")
+        copies = f"{group['copies']}" if target is None else f"{group['copies']} of {target}"
+        why = group.get("reason") or "not decided yet"
+        changed = f"; before: {group['last_change']}" if group.get("last_change") else ""
+        lines.append(f"{group['group']!s:<14}{copies:<12}{why}{changed}")
+    return lines
 
 
 def _members(members: list[dict[str, object]]) -> list[str]:

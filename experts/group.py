@@ -13,10 +13,13 @@ from ray.serve.handle import DeploymentHandle
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.compute import make_expert_ffn
 from experts.config import ExpertsConfig
+from experts.counting import Counting, Publish
 from experts.errors import ConfigError
 from experts.handshake import fresh_incarnation, model_fingerprint, read_secret
+from experts.load import LoadMeter, pair_flops
 from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
+from experts.metrics import ExpertMetrics
 from experts.placement import Member
 from experts.server import ExpertServer
 from experts.weights import load_group, resident_bytes
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SILENCE_LIMIT_S = 10.0  # a data-plane thread that has not come round for this long is stuck
 MAX_FAILED_IN_A_ROW = 5  # a device that has failed for good fails everything
+DRAIN_TIMEOUT_S = 2.0  # routers hear at once that we leave, and have got their answers a step later
 PROGRESS_EVERY_S = 2.0
 
 
@@ -59,7 +63,17 @@ class ServedModel:
 class ExpertGroup:
     """One interchangeable copy of an expert group."""
 
-    def __init__(self, controller: DeploymentHandle, model: ServedModel, config: ExpertsConfig, group: int) -> None:
+    def __init__(
+        self,
+        controller: DeploymentHandle,
+        model: ServedModel,
+        config: ExpertsConfig,
+        group: int,
+        *,
+        load_window_s: float,
+        publish: Publish,
+    ) -> None:
+        """load_window_s: time constant of the load that the replica reports. publish: its metrics."""
         set_up_logs()
         torch.set_num_threads(config.threads)
         checkpoint = open_checkpoint(model.checkpoint)
@@ -73,6 +87,11 @@ class ExpertGroup:
         self._member_id, self._node_id, self._pid = own_ids()
         self._group = group
         self._held = held
+        self._load = LoadMeter(
+            flops_per_pair=pair_flops(hidden_size=shape.hidden_size, moe_intermediate_size=shape.moe_intermediate_size),
+            window_s=load_window_s,
+            now_s=time.monotonic(),
+        )
         incarnation = fresh_incarnation()
         self._server = ExpertServer(
             make_expert_ffn(weights, path=config.compute),
@@ -86,10 +105,15 @@ class ExpertGroup:
             incarnation=incarnation,
             group=group,
             limits=Limits.of(shape, max_rows=model.max_rows),
+            load=self._load,
         )
         self._server.start()
         self._lease = Lease(controller, self._describe)
         self._lease.start()
+        metrics = ExpertMetrics(self._server, group=group, held=held, layers=shape.moe_layers)
+        self._counting = Counting(metrics.fold)
+        self._counting.start()
+        publish(self._member_id, metrics)
         gc.freeze()  # modules and weights: no collection in the middle of a trip looks at them again
 
     def check_health(self) -> None:
@@ -98,13 +122,18 @@ class ExpertGroup:
             raise RuntimeError(f"experts-{self._group}: data plane silent for {self._server.silent_s:.1f} s")
         if self._server.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
             raise RuntimeError(f"experts-{self._group}: the last {self._server.failed_in_a_row} batches failed")
-        if not self._lease.is_alive():
-            raise RuntimeError(f"experts-{self._group}: its lease is not renewed any more")
+        self._lease.check()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The replica's load; Serve asks once a second and hands it to the policy of cluster/autoscale_policy.py."""
+        return self._load.read(time.monotonic()).stats()
 
     def __del__(self) -> None:
-        if hasattr(self, "_lease"):
+        if hasattr(self, "_counting"):
             self._lease.stop()
+            self._server.drain(DRAIN_TIMEOUT_S)
             self._server.stop()
+            self._counting.stop()
 
     def _describe(self) -> Member:
         counts = self._server.counts

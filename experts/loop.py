@@ -79,8 +79,16 @@ class DataPlaneLoop(threading.Thread):
     def on_pass(self) -> None:
         """Everything that was readable has been given to on_frame."""
 
+    def on_round(self, woke_s: float, now_s: float) -> None:
+        """One time round the loop has taken from woke_s to now_s, waiting not counted; on time.monotonic()."""
+
     def on_tick(self, now_s: float) -> None:
-        """About every TICK_S; `now_s` on time.monotonic()."""
+        """About every `tick_s`; `now_s` on time.monotonic()."""
+
+    @property
+    def tick_s(self) -> float:
+        """From this tick to the next; asked after each."""
+        return TICK_S
 
     # What others may call.
 
@@ -91,6 +99,12 @@ class DataPlaneLoop(threading.Thread):
             self._waker.send(b"\0")
         except OSError:
             pass  # the loop has stopped, or has a wake-up waiting
+
+    def drain(self, timeout_s: float) -> None:
+        """Waits until nobody has a link to us any more: whoever learns that we leave cuts its own."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._conns and self.is_alive() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Closes every link and ends the thread."""
@@ -154,16 +168,18 @@ class DataPlaneLoop(threading.Thread):
         next_tick_s = time.monotonic() + TICK_S
         while not self._stopping:
             events = self._epoll.poll(max(next_tick_s - time.monotonic(), 0))
+            woke_s = time.monotonic()
             for fd, event in events:
                 self._handle(fd, event)
             while self._posted:
                 self._posted.popleft()()
             self.on_pass()
             now_s = self.beat()
+            self.on_round(woke_s, now_s)
             if now_s >= next_tick_s:
                 self._expire(now_s)
                 self.on_tick(now_s)
-                next_tick_s = now_s + TICK_S
+                next_tick_s = now_s + self.tick_s
 
     def _handle(self, fd: int, event: int) -> None:
         if fd == self._listener.fileno():

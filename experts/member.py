@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import ray
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 RENEW_S = 1.0
 CONTROLLER_TIMEOUT_S = 2.0  # below the lease: a slow answer must not cost a member its place
 LEAVE_TIMEOUT_S = 3.0
+STUCK_S = 30.0  # every call ends after CONTROLLER_TIMEOUT_S
 
 
 class Lease(threading.Thread):
@@ -27,12 +29,20 @@ class Lease(threading.Thread):
         self._controller = controller
         self._describe = describe
         self._stopped = threading.Event()
+        self._tried_s = time.monotonic()
 
     def run(self) -> None:
         while not self._stopped.is_set():
+            self._tried_s = time.monotonic()
             self._call("renew", lambda member: (member,))
             self._stopped.wait(RENEW_S)
         self._call("leave", lambda member: (member.member_id, member.incarnation))
+
+    def check(self) -> None:
+        """Raises where nobody tries to renew the lease any more; a replica's health check calls this."""
+        stuck_s = time.monotonic() - self._tried_s
+        if not self.is_alive() or stuck_s > STUCK_S:
+            raise RuntimeError(f"the lease has not been renewed for {stuck_s:.0f} s, and its thread is dead or stuck")
 
     def stop(self) -> None:
         """Leaves the cluster: nothing is sent here from now on."""

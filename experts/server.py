@@ -1,8 +1,9 @@
 """The data plane of one expert-group replica: rows come in, are joined by layer, and go back as partial sums."""
 
 import logging
+import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from experts.batch import Batch, Rows, join
 from experts.compute import Pairs
+from experts.counting import MAX_NOTES
 from experts.errors import FrameError
 from experts.handshake import Role
 from experts.link import Conn
+from experts.load import LoadMeter
 from experts.loop import DataPlaneLoop
+from experts.metrics import BatchNote
 from experts.wire import DType, Header, Kind, Limits
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ class ExpertServer(DataPlaneLoop):
     """Serves the experts of one replica.
 
     held: global ids of the experts that this replica holds, in the order of its weights.
+    load: is told of all the work that is done; None: nobody asks.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class ExpertServer(DataPlaneLoop):
         incarnation: int,
         group: int,
         limits: Limits,
+        load: LoadMeter | None = None,
     ) -> None:
         super().__init__(
             address=address,
@@ -79,7 +85,10 @@ class ExpertServer(DataPlaneLoop):
         self._local = np.full(num_experts, -1, dtype=np.int32)  # global expert id -> index into our weights
         self._local[np.asarray(held)] = np.arange(len(held), dtype=np.int32)
         self._waiting: list[Rows[Question]] = []
+        self._load = load
+        self._num_pairs = 0  # computed in this round of the loop
         self.counts: Counter[str] = Counter()
+        self.batch_notes: deque[BatchNote] = deque(maxlen=MAX_NOTES)
         self.failed_in_a_row = 0  # batches that could not be computed; a health check asks
 
     def on_frame(self, conn: Conn, header: Header, payload: memoryview) -> None:
@@ -95,7 +104,9 @@ class ExpertServer(DataPlaneLoop):
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
+        pass_s = time.monotonic()
         for batch in join(waiting):
+            begun_s = time.monotonic()
             try:
                 y = self._ffn(batch.layer, batch.x, batch.pairs)
                 self.failed_in_a_row = 0
@@ -106,11 +117,20 @@ class ExpertServer(DataPlaneLoop):
                 for asker, _ in batch.parts:
                     self._nack(asker.conn, batch.layer, asker.seq)
                 continue
+            compute_s = time.monotonic() - begun_s
+            num_rows = batch.x.shape[0]
+            self.batch_notes.append(BatchNote(batch.layer, num_rows, batch.pairs.expert, begun_s - pass_s, compute_s))
             self._answer(batch, y)
-            self.counts["rows"] += batch.x.shape[0]
+            self._num_pairs += batch.pairs.num_pairs
+            self.counts["rows"] += num_rows
             self.counts["batches"] += 1
             self.counts["joined"] += len(batch.parts)
             self.beat()  # a long pass is work, not a stuck thread
+
+    def on_round(self, woke_s: float, now_s: float) -> None:
+        if self._load is not None:
+            self._load.add(woke_s, now_s, self._num_pairs)
+            self._num_pairs = 0
 
     def _nack(self, conn: Conn, layer: int, seq: int) -> None:
         self.counts["nacks"] += 1

@@ -5,65 +5,26 @@ Partial sums are added in float32, in the order of the groups, whichever copy co
 so the same question always has the same bits as its answer.
 """
 
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
+from experts.counting import MAX_NOTES
 from experts.errors import FrameError
 from experts.placement import Placement, Replica
 from experts.wire import DType, Header, Kind
-from router.compiled import compiled
 from router.drop import drop_rows
+from router.jobs import Asker, Errand, Failure, Job, failure_of
+from router.pace import HEDGE_FLOOR_S, Paces
 from router.plan import GroupRows, count_rows, make_plan
-from router.plan_kernels import add_rows
 from router.transport import Transport
-
-log = logging.getLogger(__name__)
-
-Asker = TypeVar("Asker")
 
 # (layer, raw logits [num_tokens, num_experts], their dtype, scale) -> topk_idx int32, topk_weights float32
 Gate = Callable[[int, NDArray[np.generic], DType, float], tuple[NDArray[np.int32], NDArray[np.float32]]]
-
-
-class Failure(NamedTuple):
-    """A question that can not be answered in time, and why, in a sentence for the client."""
-
-    seq: int
-    reason: str
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Job(Generic[Asker]):
-    """One question: a layer of one step of one attention replica."""
-
-    asker: Asker
-    header: Header
-    x: NDArray[np.generic]  # [num_tokens, hidden_size]; uint16 holds the bits of bfloat16
-    deadline_s: float
-    errands: list["Errand[Asker]"] = field(default_factory=list)
-    waiting: int = 0  # errands without a partial sum
-    dropped_rows: int = 0  # rows beyond their groups' budgets, which are not in the answer
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Errand(Generic[Asker]):
-    """The rows of one job at one expert group, and the replicas that are asked: another one after each silence.
-
-    Whoever answers first is believed, since every copy computes the same bits.
-    """
-
-    job: Job[Asker]
-    rows: GroupRows
-    asked: dict[int, Replica] = field(default_factory=dict)  # by seq: who owes an answer
-    asked_s: float = 0.0  # when the last one was asked, or when none was found
-    refused_by: set[tuple[str, int]] = field(default_factory=set)  # (member id, incarnation) that answered NACK
-    partial: NDArray[np.float32] | None = None  # [num_rows, hidden_size]
 
 
 class Dispatcher(Generic[Asker]):
@@ -88,11 +49,13 @@ class Dispatcher(Generic[Asker]):
         self.placement = Placement(version=0, num_groups=num_groups)
         self._jobs: dict[Asker, Job[Asker]] = {}
         self._asked: dict[int, Errand[Asker]] = {}  # by seq
-        self._silent: set[tuple[str, int]] = set()  # (member id, incarnation) that has let a dispatch_timeout_s pass
         self._parked: list[Errand[Asker]] = []
         self._rows_at: Counter[tuple[str, int]] = Counter()  # rows in flight by (member id, incarnation)
-        self._last_seq = 0
+        self._paces = [Paces() for _ in range(num_groups)]  # by group
+        self._seqs = count(1)
         self.counts: Counter[str] = Counter()
+        # By group, of every answer that was waited for: seconds since the last copy was asked.
+        self.dispatch_notes: list[deque[float]] = [deque(maxlen=MAX_NOTES) for _ in range(num_groups)]
 
     # Events.
 
@@ -120,13 +83,17 @@ class Dispatcher(Generic[Asker]):
         for errand in job.errands:
             self._send(errand, now_s)
 
-    def on_partial(self, replica: Replica, header: Header, partial: NDArray[np.float32]) -> Job[Asker] | None:
+    def on_partial(
+        self, replica: Replica, header: Header, partial: NDArray[np.float32], *, now_s: float
+    ) -> Job[Asker] | None:
         """Keeps a copy of the partial sums. The job, once it was its last; `combine` gives its answer then."""
+        self._paces[replica.group].on_answer(_key(replica), header.seq, now_s=now_s)
         errand = self._errand_of(replica, header)
         if errand is None:
             return None
         if partial.shape != (len(errand.rows.tokens), errand.job.x.shape[1]):
             raise FrameError(f"{replica.member_id} answered {len(errand.rows.tokens)} rows with {len(partial)}")
+        self.dispatch_notes[errand.rows.group].append(now_s - errand.asked_s)
         self._settle(errand)
         errand.partial = partial.copy()
         errand.job.waiting -= 1
@@ -134,6 +101,7 @@ class Dispatcher(Generic[Asker]):
 
     def on_nack(self, replica: Replica, header: Header, *, now_s: float) -> None:
         """The replica does not hold what the placement said: ask another copy."""
+        self._paces[replica.group].on_void(_key(replica), header.seq)
         errand = self._errand_of(replica, header)
         if errand is not None:
             self.counts["nacks"] += 1
@@ -149,7 +117,7 @@ class Dispatcher(Generic[Asker]):
                 self.counts["reroutes"] += 1
                 self._send(errand, now_s)
         self._rows_at.pop(_key(replica), None)
-        self._silent.discard(_key(replica))
+        self._paces[replica.group].on_down(_key(replica))
 
     def on_replica_up(self, *, now_s: float) -> None:
         """A link to a replica is there: rows that found no copy are tried again."""
@@ -162,6 +130,8 @@ class Dispatcher(Generic[Asker]):
         """A newer snapshot; an older one is ignored."""
         if placement.version > self.placement.version:
             self.placement = placement
+            for group, paces in enumerate(self._paces):
+                paces.keep({_key(replica) for replica in placement.of_group(group)})
             for errand in self._asked.values():
                 errand.refused_by.clear()  # who refused by the old snapshot may hold by the new one
             self.on_replica_up(now_s=now_s)
@@ -174,13 +144,32 @@ class Dispatcher(Generic[Asker]):
 
     def on_tick(self, now_s: float) -> list[tuple[Asker, Failure]]:
         """What has to end because of the time; called every few hundredths of a second."""
-        silent = [e for e in self._asked.values() if now_s - e.asked_s > self._dispatch_timeout_s]
-        for errand in dict.fromkeys(silent):  # once each, however many copies it waits for
+        old = [errand for errand in self._asked.values() if now_s - errand.asked_s > HEDGE_FLOOR_S]
+        for errand in dict.fromkeys(old):  # once each, however many copies it waits for
             self._ask_another(errand, now_s)
         if any(now_s - errand.asked_s > self._dispatch_timeout_s for errand in self._parked):
             self.on_replica_up(now_s=now_s)  # those who refused may have learned better without any event here
         late = [job for job in self._jobs.values() if now_s > job.deadline_s]
         return [(job.asker, self._give_up(job)) for job in late]
+
+    # What there is now, for any thread.
+
+    @property
+    def in_flight(self) -> list[tuple[Replica, int]]:
+        """Copies in the placement, with the rows that each of them owes."""
+        return [(replica, self._rows_at[_key(replica)]) for replica in self.placement.replicas]
+
+    @property
+    def parked_rows(self) -> int:
+        return sum(len(errand.rows.tokens) for errand in list(self._parked))
+
+    @property
+    def open_questions(self) -> int:
+        return len(self._jobs)
+
+    def owes(self, replica: Replica) -> bool:
+        """Whether rows are with this replica."""
+        return self._rows_at[_key(replica)] > 0
 
     # What follows from them.
 
@@ -197,53 +186,79 @@ class Dispatcher(Generic[Asker]):
 
     def _send(self, errand: Errand[Asker], now_s: float) -> None:
         """Asks the best copy that owes nothing for this errand; parks the rows where nobody is left to wait for."""
-        rows, job = errand.rows, errand.job
-        # A gather copies; a group that every token visits gets the step's own buffer.
-        x = job.x if len(rows.tokens) == len(job.x) else job.x[rows.tokens]
         errand.asked_s = now_s
-        for replica in self._copies(errand):
-            self._last_seq += 1
-            seq = self._last_seq
-            header = Header(
-                Kind.ROWS,
-                dtype=job.header.dtype,
-                layer=job.header.layer,
-                num_rows=len(x),
-                num_extra=rows.num_pairs,
-                seq=seq,
-                placement_version=self.placement.version,
-                incarnation=replica.incarnation,
-            )
-            # Registered before it is sent: a transport that computes in place may answer within the call.
-            errand.asked[seq] = replica
-            self._asked[seq] = errand
-            self._rows_at[_key(replica)] += len(x)
-            if self._transport.send_rows(replica, header, (x.data.cast("B"), rows.pairs.data.cast("B"))):
-                return
-            if self._forget(seq) is None:
-                return  # the send broke the link, and the event of that has sent the rows elsewhere already
-        if not errand.asked:
+        copies, slow = self._copies(errand, now_s)
+        if any(self._ask(errand, replica, now_s) for replica in copies):
+            self._probe(errand, slow, now_s)
+        elif not errand.asked:
             self._parked.append(errand)
 
-    def _copies(self, errand: Errand[Asker]) -> Sequence[Replica]:
-        """Copies of the errand's group that may be asked: those that answer first, then the least loaded."""
+    def _ask(self, errand: Errand[Asker], replica: Replica, now_s: float) -> bool:
+        """False where there is no link to the replica: another one has to be asked."""
+        rows, job, x, key = errand.rows, errand.job, errand.x(), _key(replica)
+        seq = next(self._seqs)
+        header = Header(
+            Kind.ROWS,
+            dtype=job.header.dtype,
+            layer=job.header.layer,
+            num_rows=len(x),
+            num_extra=rows.num_pairs,
+            seq=seq,
+            placement_version=self.placement.version,
+            incarnation=replica.incarnation,
+        )
+        # Registered before it is sent: a transport that computes in place may answer within the call.
+        errand.asked[seq] = replica
+        self._asked[seq] = errand
+        self._rows_at[key] += len(x)
+        self._paces[rows.group].on_sent(key, seq, self._rows_at[key], now_s=now_s)
+        if self._transport.send_rows(replica, header, (x.data.cast("B"), rows.pairs.data.cast("B"))):
+            return True
+        self._paces[rows.group].on_void(key, seq)
+        # Forgotten already: the send broke the link, and the event of that has sent the rows elsewhere.
+        return self._forget(seq) is None
+
+    def _copies(self, errand: Errand[Asker], now_s: float) -> tuple[Sequence[Replica], Sequence[Replica]]:
+        """Copies of the errand's group that may be asked, the least loaded first and slow ones last; the slow ones."""
         all_copies = self.placement.of_group(errand.rows.group)
         if not errand.refused_by and not errand.asked and len(all_copies) == 1:
-            return all_copies
+            return all_copies, ()
+        keys = list(map(_key, all_copies))
+        slow = self._paces[errand.rows.group].slow(keys, now_s=now_s)
         passed_over = errand.refused_by.union(map(_key, errand.asked.values()))
-        copies = [r for r in all_copies if _key(r) not in passed_over]
-        return sorted(copies, key=lambda replica: (_key(replica) in self._silent, self._rows_at[_key(replica)]))
+        copies = [replica for key, replica in zip(keys, all_copies, strict=True) if key not in passed_over]
+        copies.sort(key=lambda replica: (_key(replica) in slow, self._rows_at[_key(replica)]))
+        return copies, [replica for replica in copies if _key(replica) in slow] if slow else ()
+
+    def _probe(self, errand: Errand[Asker], slow: Sequence[Replica], now_s: float) -> None:
+        """Asks a slow copy, too, now and then: finding out whether it is quick again costs the errand no time."""
+        for replica in slow:
+            is_due = self._paces[errand.rows.group].is_probe_due(_key(replica), now_s=now_s)
+            # Without anybody asked the errand is answered, or parked, already.
+            if is_due and errand.asked and replica not in errand.asked.values():
+                self.counts["probes"] += self._ask(errand, replica, now_s)
 
     def _ask_another(self, errand: Errand[Asker], now_s: float) -> None:
-        """Asks another copy after a silence; where there is none, those asked are waited for until the deadline."""
-        self._silent.update(map(_key, errand.asked.values()))
-        before = len(errand.asked)
-        self._send(errand, now_s)
-        self.counts["timeouts"] += len(errand.asked) > before
+        """Asks one more copy after a silence, and sooner where a quick one would have answered long ago.
+
+        Where there is none, those asked are waited for until the deadline.
+        """
+        timed_out = now_s - errand.asked_s > self._dispatch_timeout_s
+        if timed_out or self._may_hedge(errand, now_s):
+            before = len(errand.asked)
+            self._send(errand, now_s)
+            self.counts["timeouts" if timed_out else "hedges"] += len(errand.asked) > before
+
+    def _may_hedge(self, errand: Errand[Asker], now_s: float) -> bool:
+        """Whether all that are asked are overdue, and a copy is left that is not slow itself."""
+        paces, group = self._paces[errand.rows.group], [_key(r) for r in self.placement.of_group(errand.rows.group)]
+        if not all(paces.is_overdue(_key(r), seq, group, now_s=now_s) for seq, r in errand.asked.items()):
+            return False
+        copies, slow = self._copies(errand, now_s)
+        return len(copies) > len(slow)
 
     def _errand_of(self, replica: Replica, header: Header) -> Errand[Asker] | None:
         """The errand that an answer belongs to; None for one that was answered by another copy, or given up."""
-        self._silent.discard(_key(replica))
         errand = self._asked.get(header.seq)
         if errand is None or errand.asked[header.seq] != replica or header.incarnation != replica.incarnation:
             self.counts["late_answers"] += 1
@@ -270,31 +285,11 @@ class Dispatcher(Generic[Asker]):
         return job
 
     def _give_up(self, job: Job[Asker]) -> Failure:
-        missing = sorted(errand.rows.group for errand in job.errands if errand.partial is None)
         parked = {errand.rows.group for errand in self._parked if errand.job is job}
         self._finish(job)
         self.counts["failures"] += 1
-        waited = f"within {round(job.header.budget_ms / 1000, 1):g} s"
-        if parked:
-            return Failure(job.header.seq, f"no live copy of expert group {_numbers(parked)} {waited}; try again")
-        return Failure(job.header.seq, f"expert group {_numbers(missing)} did not answer {waited}; try again")
-
-
-def combine(job: Job[Asker]) -> NDArray[np.float32]:
-    """[num_tokens, hidden_size]: the sum of a finished job's partial sums, group by group."""
-    y = np.zeros(job.x.shape, dtype=np.float32)
-    for errand in job.errands:
-        assert errand.partial is not None
-        if len(errand.rows.tokens) == len(y):
-            y += errand.partial
-        else:
-            compiled(add_rows)(y, errand.rows.tokens, errand.partial)
-    return y
+        return failure_of(job, parked)
 
 
 def _key(replica: Replica) -> tuple[str, int]:
     return replica.member_id, replica.incarnation
-
-
-def _numbers(groups: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(groups)))

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -9,18 +10,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from experts.counting import MAX_NOTES
 from experts.errors import FrameError
 from experts.handshake import Identity, Role, Welcome
 from experts.link import Bytes, Conn, connect
 from experts.loop import DataPlaneLoop
 from experts.placement import Placement, Replica
 from experts.wire import DType, Header, Kind, Limits
-from router.dispatch import Dispatcher, Failure, Gate, Job, combine
+from router.dispatch import Dispatcher, Gate
+from router.jobs import Failure, Job, combine
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2.0
 RECONNECT_S = 0.25
+LEAVE_S = 1.0  # a copy that leaves the placement may answer what it has been asked
+BUSY_TICK_S = 0.01  # by so much rows are asked elsewhere too late at most
 _NUMPY = {DType.FLOAT32: np.dtype(np.float32), DType.BFLOAT16: np.dtype(np.uint16), DType.FLOAT16: np.dtype(np.float16)}
 
 
@@ -59,11 +64,13 @@ class RouterServer(DataPlaneLoop):
             dispatch_timeout_s=dispatch_timeout_s,
             capacity_factor=capacity_factor,
         )
+        self.combine_notes: deque[float] = deque(maxlen=MAX_NOTES)  # seconds of each answer's sum
         self._connecting = ThreadPoolExecutor(max_workers=4, thread_name_prefix="router-connect")
         self._links: dict[Replica, Conn] = {}
         self._replicas: dict[Conn, Replica] = {}
         self._tried_s: dict[Replica, float] = {}  # when a connect was last begun
         self._pending: set[Replica] = set()
+        self._leaving: dict[Replica, float] = {}  # out of the placement, and when its link is cut at the latest
 
     # Transport, for the dispatcher.
 
@@ -80,7 +87,7 @@ class RouterServer(DataPlaneLoop):
             self._on_question(conn, header, payload, now_s)
         elif header.kind is Kind.PARTIAL:
             partial = np.frombuffer(payload, dtype=np.float32).reshape(header.num_rows, -1)
-            job = self.dispatcher.on_partial(replica, header, partial)
+            job = self.dispatcher.on_partial(replica, header, partial, now_s=now_s)
             if job is not None:
                 self._answer(job)
         elif header.kind is Kind.NACK:
@@ -102,6 +109,11 @@ class RouterServer(DataPlaneLoop):
         for conn, failure in self.dispatcher.on_tick(now_s):
             self._fail(conn, failure)
         self._keep_links(now_s)
+
+    @property
+    def tick_s(self) -> float:
+        """Shorter while somebody waits: nothing is asked elsewhere before the first tick (HEDGE_FLOOR_S)."""
+        return BUSY_TICK_S if self.dispatcher.open_questions else super().tick_s
 
     # What others may call, from any thread.
 
@@ -130,7 +142,9 @@ class RouterServer(DataPlaneLoop):
 
     def _answer(self, job: Job[Conn]) -> None:
         header = job.header
+        begun_s = time.monotonic()
         y = to_wire(combine(job), header.dtype, truncate=header.truncate)
+        self.combine_notes.append(time.monotonic() - begun_s)
         answer = Header(
             Kind.ANSWER,
             dtype=header.dtype,
@@ -156,13 +170,21 @@ class RouterServer(DataPlaneLoop):
         # First the snapshot, then the links: rows of a dropped link are sent by the new placement.
         self.dispatcher.on_placement(placement, now_s=time.monotonic())
         wanted = set(placement.replicas)
-        for replica in [r for r in self._links if r not in wanted]:
-            self.drop(self._links[replica], "left the placement")
+        leaving_s = time.monotonic() + LEAVE_S
+        self._leaving = {r: self._leaving.get(r, leaving_s) for r in self._links if r not in wanted}
         self._tried_s = {replica: at for replica, at in self._tried_s.items() if replica in wanted}
         self._keep_links(time.monotonic())
 
     def _keep_links(self, now_s: float) -> None:
-        """Opens what the placement names and is not open; on other threads, since a hung peer may take seconds."""
+        """Cuts the links to those who left and owe nothing any more, and opens those that the placement names.
+
+        Opened on other threads, since a hung peer may take seconds.
+        """
+        for replica, cut_s in list(self._leaving.items()):
+            if now_s > cut_s or not self.dispatcher.owes(replica):
+                del self._leaving[replica]
+                if replica in self._links:
+                    self.drop(self._links[replica], "left the placement")
         for replica in self.dispatcher.placement.replicas:
             if replica in self._links or replica in self._pending or now_s < self._tried_s.get(replica, 0.0):
                 continue

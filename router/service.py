@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 
 from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.counting import Counting, Publish
 from experts.errors import FrameError
 from experts.group import SILENCE_LIMIT_S, ServedModel
 from experts.handshake import Identity, Role, fresh_incarnation, read_secret
@@ -21,6 +22,8 @@ from experts.wire import DType, Limits
 from router.config import RouterConfig
 from router.dispatch import Gate
 from router.gate_fast import route_fast, warm_up
+from router.metrics import RouterMetrics
+from router.routing_counts import RoutingCounts
 from router.server import RouterServer
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,9 @@ ASK_AGAIN_S = 0.2
 class Router:
     """Routes, dispatches and combines for the attention engines of its node."""
 
-    def __init__(self, controller: DeploymentHandle, model: ServedModel, config: RouterConfig) -> None:
+    def __init__(
+        self, controller: DeploymentHandle, model: ServedModel, config: RouterConfig, publish: Publish
+    ) -> None:
         set_up_logs()
         checkpoint = open_checkpoint(model.checkpoint)
         self._member_id, self._node_id, self._pid = own_ids()
@@ -41,8 +46,9 @@ class Router:
             incarnation=fresh_incarnation(),
             fingerprint=model.fingerprint(checkpoint),
         )
+        routing = RoutingCounts(checkpoint.shape, num_groups=model.num_groups)
         self._server = RouterServer(
-            make_gate(checkpoint),
+            routing.counted(make_gate(checkpoint)),
             identity=identity,
             secret=read_secret(model.secret_file),
             address=model.router_address,
@@ -56,25 +62,41 @@ class Router:
         self._watcher.start()
         self._lease = Lease(controller, self._describe)
         self._lease.start()
+        metrics = RouterMetrics(routing, self._server)
+        self._counting = Counting(metrics.fold)
+        self._counting.start()
+        publish(self._member_id, metrics)
         gc.freeze()  # modules and compiled code: no collection in the middle of a trip looks at them again
 
     def check_health(self) -> None:
         """Raises where the data-plane thread is gone or stuck; Serve replaces the replica then."""
         if not self._server.is_alive() or self._server.silent_s > SILENCE_LIMIT_S:
             raise RuntimeError(f"router: data plane silent for {self._server.silent_s:.1f} s")
-        if not (self._lease.is_alive() and self._watcher.is_alive()):
+        if not self._watcher.is_alive():
             raise RuntimeError("router: it does not hear from the controller any more")
+        self._lease.check()
 
     def __del__(self) -> None:
-        if hasattr(self, "_lease"):
+        if hasattr(self, "_counting"):
             self._watcher.stop()
             self._lease.stop()
             self._server.stop()
+            self._counting.stop()
 
     def _describe(self) -> Member:
         dispatcher = self._server.dispatcher
         counts = dispatcher.counts
-        names = ("rows", "dropped_rows", "reroutes", "nacks", "timeouts", "late_answers", "failures")
+        names = (
+            "rows",
+            "dropped_rows",
+            "reroutes",
+            "nacks",
+            "timeouts",
+            "hedges",
+            "probes",
+            "late_answers",
+            "failures",
+        )
         return Member(
             kind="router",
             member_id=self._member_id,

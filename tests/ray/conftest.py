@@ -13,6 +13,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "model": {"checkpoint": "embedded", "dtype": "float32", "max_model_len": 512},
         "attention": {"replicas": 2, "kv_cache_mib": 64, "step_timeout_s": 25},
         "experts": {"groups": 4},
+        # Nothing is scaled until a test raises the bounds. Engines, router and experts share two cores here, so the
+        # busiest copy works for a fifth of the time.
+        "autoscale": {
+            "target_busy_share": 0.09,
+            "up_busy_share": 0.11,
+            "down_busy_share": 0.07,
+            "up_delay_s": 3.0,
+            "down_delay_s": 6.0,
+            "window_s": 3.0,
+        },
     }
     with started_cluster(tmp_path_factory.mktemp("home"), config) as cluster:
         yield cluster

@@ -135,5 +135,4 @@ def test_generate_prints_json_when_asked(cluster: Cluster) -> None:
 
 
 def test_both_attention_replicas_work(cluster: Cluster) -> None:
-    pids = cluster.engine_pids()
-    assert len(pids) == 2
+    cluster.wait_for_engines(2)

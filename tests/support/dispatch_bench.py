@@ -14,8 +14,9 @@ from experts.placement import Placement, Replica
 from experts.shape import MoEShape
 from experts.weights import LayerWeights
 from experts.wire import DType, Header, Kind
-from router.dispatch import Dispatcher, Failure, combine
+from router.dispatch import Dispatcher
 from router.gate import route
+from router.jobs import Failure, combine
 from router.transport import Answer, Expert, FaultyTransport
 
 Rows = NDArray[np.float32]
@@ -126,7 +127,7 @@ class Bench:
         if answer.partial is None:
             self.dispatcher.on_nack(answer.replica, answer.header, now_s=self.now_s)
             return
-        job = self.dispatcher.on_partial(answer.replica, answer.header, answer.partial)
+        job = self.dispatcher.on_partial(answer.replica, answer.header, answer.partial, now_s=self.now_s)
         if job is not None:
             assert job.asker not in self.answers
             self.answers[job.asker] = combine(job)

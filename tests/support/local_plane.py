@@ -24,6 +24,7 @@ from experts.weights import load_group
 from experts.wire import Limits
 
 if TYPE_CHECKING:
+    from router.routing_counts import RoutingCounts
     from router.server import RouterServer
 
 
@@ -52,6 +53,7 @@ class LocalPlane:
         self._checkpoint = open_checkpoint(checkpoint)
         self.limits = Limits.of(self._checkpoint.shape, max_rows=max_rows)
         self.router: RouterServer | None = None
+        self.routing: RoutingCounts | None = None  # what the router's gate has decided
         self.groups: dict[Replica, ExpertServer] = {}
         self._version = 0
 
@@ -74,9 +76,11 @@ class LocalPlane:
 
     def start_router(self, *, dispatch_timeout_s: float = 2.0) -> None:
         # Not at the top: these import numba, beside which vLLM does not start in one process.
+        from router.routing_counts import RoutingCounts
         from router.server import RouterServer
         from router.service import make_gate
 
+        self.routing = RoutingCounts(self._checkpoint.shape, num_groups=self.model.num_groups)
         identity = Identity(
             role=Role.ROUTER,
             member_id="router",
@@ -84,7 +88,7 @@ class LocalPlane:
             fingerprint=self.model.fingerprint(self._checkpoint),
         )
         self.router = RouterServer(
-            make_gate(self._checkpoint),
+            self.routing.counted(make_gate(self._checkpoint)),
             identity=identity,
             secret=read_secret(self.model.secret_file),
             address=self.model.router_address,
@@ -132,6 +136,13 @@ class LocalPlane:
         """As an expired lease would."""
         self.groups.pop(replica, None)
         self._publish()
+
+    def retire(self, replica: Replica) -> None:
+        """As a replica that is scaled down: out of the placement first, gone when nobody waits for it any more."""
+        server = self.groups.pop(replica)
+        self._publish()
+        server.drain(5.0)
+        server.stop()
 
     def _publish(self) -> None:
         self._version += 1

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 
 START_TIMEOUT_S = 420
 STOP_TIMEOUT_S = 90
+ENGINE = "VLLM::EngineCor"  # the kernel keeps no more of VLLM::EngineCore
+WARNING = re.compile("warning|error|exception", re.IGNORECASE)
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,14 +52,7 @@ class Cluster:
 
     def engine_pids(self) -> set[int]:
         """Processes of the attention engines: the children of the attention replicas."""
-        found: set[int] = set()
-        for member in self.members("attention"):
-            try:
-                children = psutil.Process(member["pid"]).children(recursive=True)
-                found |= {child.pid for child in children if "EngineCore" in child.name()}
-            except psutil.NoSuchProcess:
-                pass  # killed, and its lease has not run out yet
-        return found
+        return {child.pid for member in self.members("attention") for child in _children(member["pid"], ENGINE)}
 
     def generate(self, ids: list[int], num_tokens: int, *, timeout_s: float = 120) -> list[int]:
         """Greedy tokens over gRPC. Raises grpc.RpcError."""
@@ -65,29 +62,64 @@ class Cluster:
         with grpc.insecure_channel(self.grpc) as channel:
             return list(pb_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s).token_ids)
 
-    def wait_for_engines(self, count: int, *, without: int, timeout_s: float = 240) -> None:
+    def wait_for_engines(self, count: int, *, without: int = -1, timeout_s: float = 240) -> None:
         """Until `count` attention engines run, none of them with the pid `without`, and their replicas are healthy."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            status = self.status()
-            if status["controller"] and status["deployments"]["attention"]["status"] == "HEALTHY":
-                pids = self.engine_pids()
-                if len(pids) == count and without not in pids:
-                    return
+            try:
+                status = self.status()
+                if status["controller"] and status["deployments"]["attention"]["status"] == "HEALTHY":
+                    pids = self.engine_pids()
+                    if len(pids) == count and without not in pids:
+                        return
+            except urllib.error.HTTPError:
+                pass  # 503: Serve does not answer in time while replicas of it start on a busy machine
             time.sleep(0.5)
-        raise AssertionError(f"no {count} engines without pid {without} after {timeout_s} s")
+        raise AssertionError(f"no {count} engines without pid {without} after {timeout_s} s:\n{self.evidence()}")
 
     def wait_for(self, kind: str, count: int, *, without: int, timeout_s: float = 60) -> None:
         """Until `count` members of a kind are alive, none of them with the pid `without`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            pids = [member["pid"] for member in self.members(kind)]
-            if len(pids) == count and without not in pids:
-                return
+            try:
+                pids = [member["pid"] for member in self.members(kind)]
+                if len(pids) == count and without not in pids:
+                    return
+            except urllib.error.HTTPError:
+                pass  # likewise
             time.sleep(0.3)
-        raise AssertionError(
-            f"no {count} {kind} members without pid {without} after {timeout_s} s: {self.members(kind)}"
-        )
+        raise AssertionError(f"no {count} {kind} members without pid {without} after {timeout_s} s:\n{self.evidence()}")
+
+    def evidence(self) -> str:
+        """What a failed test shows of the cluster: its status, its processes, and the ends of its warnings."""
+        try:
+            status = json.dumps(self.status())
+        except OSError as error:
+            status = repr(error)
+        processes = [f"{p.pid} {p.ppid()} {p.status()} {p.name()}" for p in _children(self.owner_pid, "")]
+        logs = Path(json.loads((self.home / "cluster.json").read_text())["log_dir"])
+        ends = [
+            f"{file.name}: {line[:300]}"
+            for file in sorted(logs.rglob("*"))
+            if file.is_file() and file.suffix in (".log", ".err", ".out")
+            for line in file.read_text(errors="replace").splitlines()[-400:]
+            if WARNING.search(line)
+        ]
+        memory = f"{psutil.virtual_memory().percent} % of the memory in use"
+        return "\n".join([status, memory, *processes, *ends[-60:]])
+
+
+def _children(pid: int, name: str) -> list[psutil.Process]:
+    """Descendants whose name begins so; those that end meanwhile are left out."""
+    found = []
+    try:
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if child.name().startswith(name):
+                    found.append(child)
+    except psutil.NoSuchProcess:
+        pass  # killed, and its lease has not run out yet
+    return found
 
 
 def expertmesh(home: Path, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
@@ -113,7 +145,8 @@ def started_cluster(home: Path, config: dict) -> Iterator[Cluster]:
 
     config: sections of the config file, but for the ports.
     """
-    config = config | {"gateway": {"http_port": free_port(), "grpc_port": free_port()}}
+    ports = {"gateway": {"http_port": free_port(), "grpc_port": free_port()}, "metrics": {"port": free_port()}}
+    config = config | ports
     (home / "config.yaml").write_text(yaml.safe_dump(config))
     with (home / "up.log").open("w") as log:
         owner = subprocess.Popen(

@@ -69,7 +69,9 @@ class Replicas:
                 raise error
             life = self.lives.pop(0) if self.lives else None
             step = 0
-            for step, output in enumerate(self._outputs(cast("list[int]", prompt["prompt_token_ids"]), params)):
+            for step, output in enumerate(
+                self._outputs(cast("list[int]", prompt["prompt_token_ids"]), params, request_id)
+            ):
                 await asyncio.sleep(0)
                 if step == life:
                     raise ReplicaLost("this replica is dead")
@@ -78,14 +80,15 @@ class Replicas:
         finally:
             self.open -= 1
 
-    def _outputs(self, prompt: list[int], params: SamplingParams) -> Iterator[RequestOutput | None]:
+    def _outputs(self, prompt: list[int], params: SamplingParams, request_id: str) -> Iterator[RequestOutput | None]:
         """Step by step; None for a step that has no output."""
         processor = OutputProcessor(TOKENIZER, log_stats=False)
-        parent = ParentRequest(_request("r", prompt, params))
+        parent = ParentRequest(_request("r", prompt, params, request_id))
         running: dict[str, _Answer] = {}
         for index in range(params.n):
             name, own = parent.get_child_info(index) if params.n > 1 else ("r", params)
-            processor.add_request(_request(name, prompt, own), None, parent if params.n > 1 else None, index)
+            request = _request(name, prompt, own, request_id)
+            processor.add_request(request, None, parent if params.n > 1 else None, index)
             earlier = earlier_tokens(own) if self.resumes else []
             running[name] = _Answer(self.model, prompt, own, earlier)
         while processor.has_unfinished_requests():
@@ -167,7 +170,7 @@ async def listen(outputs: AsyncGenerator[RequestOutput, None], params: SamplingP
     return answers
 
 
-def _request(name: str, prompt: list[int], params: SamplingParams) -> EngineCoreRequest:
+def _request(name: str, prompt: list[int], params: SamplingParams, request_id: str) -> EngineCoreRequest:
     return EngineCoreRequest(
         request_id=name,
         prompt_token_ids=prompt,
@@ -178,5 +181,5 @@ def _request(name: str, prompt: list[int], params: SamplingParams) -> EngineCore
         lora_request=None,
         cache_salt=None,
         data_parallel_rank=None,
-        external_req_id="mine",
+        external_req_id=request_id,
     )

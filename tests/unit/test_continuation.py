@@ -7,9 +7,10 @@ import pytest
 from continuation_fakes import PROMPT, TOKENIZER, Heard, Replicas, babble, listen, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from cluster.continuation import EARLIER_TOKENS, NotContinued, ReplicaLost
+from cluster.continuation import EARLIER_TOKENS, NotContinued, ReplicaLost, Told
 from cluster.gateway_errors import Overloaded, refusal_of
 from cluster.gateway_failover import ContinuingEngine, Patience
 from cluster.gateway_run import run
@@ -111,6 +112,21 @@ def test_a_stream_that_would_go_on_with_other_tokens_ends_with_a_typed_error() -
     assert (refusal_of(caught.value).http_status, refusal_of(caught.value).retry_after_s) == (503, 1)
 
 
+def test_an_answer_of_several_is_over_when_the_last_one_is_that_the_caller_waits_for() -> None:
+    told = Told(asked_for(DELTA, temperature=1.0, seed=1, n=2))
+    told.begin()
+    assert told.new_in(output(0, [5], "stop")) and told.new_in(output(1, [6], None))
+    told.begin()
+    rest = told.new_in(output(1, [6, 7], "length"))  # this time, the second is faster
+    assert rest is not None and rest.finished
+    assert [list(choice.token_ids) for choice in rest.outputs] == [[7]]
+
+
+def output(index: int, tokens: list[int], end: str | None) -> RequestOutput:
+    choice = CompletionOutput(index, "x" * len(tokens), tokens, None, None, finish_reason=end)
+    return RequestOutput("r", None, PROMPT, None, [choice], finished=False)
+
+
 def test_what_came_with_the_first_token_is_not_asked_for_again() -> None:
     replicas = Replicas(lives=[0, 3])
     hear(replicas, asked_for(DELTA, temperature=0.0, prompt_logprobs=2))
@@ -128,14 +144,16 @@ def test_a_request_that_another_replica_refuses_at_first_is_tried_again() -> Non
 
 @pytest.mark.parametrize("error", [GroupUnavailable("poisoned"), Overloaded("full"), DeadlineExceeded("late")])
 def test_what_is_no_loss_of_a_replica_is_not_repeated(error: Exception) -> None:
-    async def refuse(*_: object):
-        raise error
-        yield
+    class Refusing(Replicas):
+        async def generate(self, prompt, params, request_id):
+            self.asked.append((request_id, params))
+            raise error
+            yield
 
-    replicas = Replicas()
-    replicas.generate = refuse  # type: ignore[method-assign]
+    replicas = Refusing()
     with pytest.raises(type(error)):
         hear(replicas, asked_for(DELTA))
+    assert len(replicas.asked) == 1
 
 
 @pytest.mark.parametrize("kind", [DELTA, FINAL_ONLY], ids=lambda kind: kind.name)
@@ -195,15 +213,14 @@ def test_a_caller_that_leaves_closes_the_engine_that_has_its_request() -> None:
 def test_an_engine_that_was_shut_down_is_a_lost_one() -> None:
     class ShutDown(Replicas):
         async def generate(self, prompt, params, request_id):
-            first = not self.asked
             async for output in super().generate(prompt, params, request_id):
-                if first and len(output.outputs[0].token_ids) and self.lives:
-                    self.lives.clear()
+                if len(self.asked) == 1:
                     output.outputs[0].finish_reason = "abort"
                 yield output
 
     params = asked_for(DELTA, temperature=0.0)
-    assert hear(ShutDown(lives=[99]), params) == hear(Replicas(), params)
+    assert hear(replicas := ShutDown(), params) == hear(Replicas(), params)
+    assert len(replicas.asked) == 2
 
 
 def test_an_answer_is_marked_where_dropped_rows_could_have_been_lost_with_a_replica() -> None:

@@ -1,6 +1,7 @@
 """A router and its expert groups over real sockets: right answers, whatever other peers do to their own links."""
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from local_plane import LocalPlane
 from peers import LAYER, Asker, Reference, authenticated, closed_by_peer, raw, wait_until
 
+from experts.compute import Pairs
 from experts.handshake import HELLO_BYTES, Role
 from experts.link import BlockingLink
 from experts.loop import MAX_PENDING_HANDSHAKES, DataPlaneLoop
@@ -231,6 +233,36 @@ def test_many_askers_at_once_each_get_their_own_answer(plane: LocalPlane, refere
     assert plane.router is not None
     dispatcher = plane.router.dispatcher
     wait_until(lambda: not any(dispatcher._rows_at.values()) and not dispatcher._jobs)
+
+
+def test_a_copy_that_leaves_answers_what_it_was_asked_and_then_loses_its_links(nano: Path) -> None:
+    with LocalPlane(nano, dtype="float32", num_groups=4) as plane:
+        plane.start()
+        reference, asker = Reference(plane), Asker(plane)
+        leaving = next(iter(plane.groups))
+        server = plane.groups[leaving]
+        compute, began = server._ffn, threading.Event()
+
+        def compute_late(layer: int, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+            began.set()
+            time.sleep(0.2)
+            return compute(layer, x, pairs)
+
+        server._ffn = compute_late
+        question = reference.question(8, seed=1)
+        asker.send(question)
+        assert began.wait(10)
+        plane.start_group(leaving.group)
+        plane.retire(leaving)
+        answer = asker.receive()
+        assert isinstance(answer, torch.Tensor)
+        reference.check(answer, question)
+        assert server.counts["batches"] == 1
+        assert plane.router is not None
+        assert plane.router.dispatcher.counts["reroutes"] == 0
+        asker.send(question)
+        assert isinstance(asker.receive(), torch.Tensor)
+        asker.close()
 
 
 def test_an_address_in_the_placement_that_is_nonsense_does_not_end_the_router(

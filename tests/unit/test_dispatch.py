@@ -234,8 +234,8 @@ def test_an_answer_of_another_incarnation_or_replica_is_dropped(bench: Bench) ->
     (answer,) = bench.held()
     assert answer.partial is not None
     other = answer.header._replace(incarnation=1)
-    assert bench.dispatcher.on_partial(answer.replica, other, answer.partial) is None
-    assert bench.dispatcher.on_partial(bench.replicas[1], answer.header, answer.partial) is None
+    assert bench.dispatcher.on_partial(answer.replica, other, answer.partial, now_s=0.0) is None
+    assert bench.dispatcher.on_partial(bench.replicas[1], answer.header, answer.partial, now_s=0.0) is None
     assert bench.dispatcher.counts["late_answers"] == 2
     bench.arrive(answer)
     assert "a" in bench.answers
@@ -248,7 +248,7 @@ def test_an_answer_of_the_wrong_shape_is_a_frame_error_and_the_rows_can_go_elsew
     (answer,) = bench.held()
     assert answer.partial is not None
     with pytest.raises(FrameError):
-        bench.dispatcher.on_partial(answer.replica, answer.header, answer.partial[:-1])
+        bench.dispatcher.on_partial(answer.replica, answer.header, answer.partial[:-1], now_s=0.0)
     bench.down(answer.replica)
     bench.deliver_all()
     assert bench.answers["a"].tobytes() == right

@@ -40,7 +40,7 @@ def explained() -> dict[Key, list[str]]:
     for line in (ROOT / "docs/config.md").read_text().splitlines():
         if line.startswith("## "):
             section = line[3:]
-        elif line.startswith("| `") and section != "Environment":
+        elif line.startswith("| `") and section in DeploymentConfig.model_fields:
             key, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
             assert (section, key.strip("`")) not in rows, f"{section}.{key} is explained twice"
             rows[section, key.strip("`")] = cells
@@ -65,7 +65,7 @@ def test_a_config_keys_default_and_type_are_as_explained(section: str, key: str)
     if get_origin(field.annotation) is Literal:
         assert kind.replace("`", "").split(", ") == list(get_args(field.annotation))
     else:
-        names = {int: "int", float: "float", float | None: "float", str: "string", str | None: "string"}
+        names = {bool: "bool", int: "int", float: "float", float | None: "float", str: "string", str | None: "string"}
         assert kind.split(",")[0] == names[field.annotation]  # type: ignore[index]
 
 

@@ -199,6 +199,9 @@ def test_a_cluster_that_may_drop_rows_is_not_compared(
         attention_replicas=1,
         max_model_len=256,
         log_dir="",
+        runtime_dir="",
+        ray_address="",
+        ray_cpus=4,
         config=config,
         started_s=0.0,
     )

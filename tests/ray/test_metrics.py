@@ -1,0 +1,75 @@
+"""Debian's real Prometheus scrapes the running cluster, and answers a query for each metric of docs/metrics.md."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import openai
+import pytest
+import yaml
+from prometheus import Prometheus, binary, scraping
+from ray_cluster import ROOT, Cluster, free_port
+
+PROMPT = [5, 6, 7, 8, 9, 10]
+TIMEOUT_S = 60.0
+
+
+def explained() -> dict[str, str]:
+    """The table of docs/metrics.md: name -> a query for it."""
+    rows = re.findall(r"^\| `(expertmesh_\w+)` \| (\w+) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    return {name: f"{name}_count" if kind == "histogram" else name for name, kind in rows}
+
+
+@pytest.fixture(scope="module")
+def prometheus(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    if binary() is None:
+        pytest.skip("there is no `prometheus` on PATH: apt-get install prometheus")
+    port = yaml.safe_load((cluster.home / "config.yaml").read_text())["metrics"]["port"]
+    with scraping(tmp_path_factory.mktemp("prometheus"), port=free_port(), target=f"127.0.0.1:{port}") as server:
+        yield server
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Scrapes are a second apart, and processes count twice a second."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline_s, f"it did not come true within {TIMEOUT_S:g} s"
+        time.sleep(0.5)
+
+
+def test_prometheus_answers_a_query_for_every_metric_that_is_explained(
+    cluster: Cluster, prometheus: Prometheus
+) -> None:
+    queries = explained()
+    assert len(queries) > 30
+    client = openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0)
+
+    def missing() -> list[str]:
+        cluster.generate(PROMPT, 16)
+        for _ in client.completions.create(model="", prompt=PROMPT, max_tokens=16, stream=True):
+            pass
+        return [name for name, query in queries.items() if not prometheus.query(query)]
+
+    try:
+        wait_until(lambda: not missing())
+    except AssertionError:
+        raise AssertionError(f"Prometheus has no sample of {missing()}") from None
+
+
+def test_the_page_has_every_process_of_the_cluster_and_what_they_did(cluster: Cluster, prometheus: Prometheus) -> None:
+    cluster.generate(PROMPT, 16)
+    # Gateway, router, controller, four expert groups, two attention replicas with an engine each.
+    wait_until(lambda: prometheus.number('expertmesh_exporter_processes{state="answered"}') == 11)
+    wait_until(lambda: (prometheus.number('expertmesh_requests_total{surface="grpc",outcome="ok"}') or 0) > 0)
+    for query, number in {
+        "count(expertmesh_step_tokens_total)": 2,
+        "sum(expertmesh_group_copies)": 4,
+        'expertmesh_members{kind="attention"}': 2,
+        "max(expertmesh_placement_version) - min(expertmesh_placement_version)": 0,
+    }.items():
+        wait_until(lambda query=query, number=number: prometheus.number(query) == number)
+    wait_until(lambda: bool(prometheus.number("sum(expertmesh_routed_tokens_total)")))
+    routed = "sum by (layer) (expertmesh_routed_rows_total)"
+    computed = "sum by (layer) (expertmesh_expert_rows_total)"
+    # Nothing was sent twice in this cluster; counts of two processes may be half a second apart.
+    wait_until(lambda: len(prometheus.query(f"{routed} == {computed}")) == len(prometheus.query(routed)) > 0)
