@@ -29,10 +29,11 @@ class Size:
     groups: int  # D
     replicas: int  # of each group
     attention: int
+    routers: int = 1  # one of them works
 
     @property
     def members(self) -> dict[MemberKind, int]:
-        return {"experts": self.groups * self.replicas, "router": 1, "attention": self.attention}
+        return {"experts": self.groups * self.replicas, "router": self.routers, "attention": self.attention}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class Process:
     pid: int
     address: str
     group: int  # -1: it is no expert replica
+    stands_by: bool = False  # a router while another one works
 
     def __str__(self) -> str:
         of_group = "" if self.group < 0 else f" of group {self.group}"
@@ -133,6 +135,7 @@ def members_of(status: Mapping[str, object]) -> list[Process] | None:
             pid=member["pid"],
             address=member["address"],
             group=member.get("group", -1),
+            stands_by=member.get("state") == "stands by",
         )
         for member in cast("list[dict]", controller["members"])
     ]
@@ -164,9 +167,9 @@ def lacking_member(alive: Collection[Process], size: Size) -> str | None:
 
 
 def _without_link(members: Collection[Process]) -> str | None:
-    """An expert replica that no router is connected to, or the router where no engine is."""
+    """An expert replica that no router is connected to, or the working router where no engine is."""
     for member in members:
-        if member.kind == "attention":
+        if member.kind == "attention" or member.stands_by:
             continue
         try:
             if not count_links(member.pid, member.address):

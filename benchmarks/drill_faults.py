@@ -52,8 +52,13 @@ def _kill_experts(fault: Fault, view: View, lengths: Lengths) -> Applied:
 
 
 def _kill_router(fault: Fault, view: View, lengths: Lengths) -> Applied:
-    victim = _choose(fault, view.members("router"))
+    victim = _router(fault, view)
     return _kill(fault, str(victim), victim.pid)
+
+
+def _router(fault: Fault, view: View) -> Process:
+    """The one that works."""
+    return _choose(fault, [member for member in view.members("router") if not member.stands_by])
 
 
 def _kill_attention(fault: Fault, view: View, lengths: Lengths) -> Applied:
@@ -107,7 +112,7 @@ def _cut_experts(fault: Fault, view: View, lengths: Lengths) -> Applied:
 
 
 def _cut_router(fault: Fault, view: View, lengths: Lengths) -> Applied:
-    return _cut(fault, _choose(fault, view.members("router")), lengths)
+    return _cut(fault, _router(fault, view), lengths)
 
 
 def _cut(fault: Fault, victim: Process, lengths: Lengths) -> Applied:

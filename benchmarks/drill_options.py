@@ -8,7 +8,7 @@ from typing import cast
 from benchmarks.command_line import count
 from benchmarks.drill_cluster import Size
 from benchmarks.drill_faults import Lengths
-from benchmarks.drill_plan import DEFAULT_KINDS, KINDS, FaultKind
+from benchmarks.drill_plan import KINDS, FaultKind
 from benchmarks.endtoend_cluster import free_ports
 from deploy.config import DEFAULT_CONFIG, Resolved, check_machine, load, resolve
 
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--streams", type=count, default=200, metavar="N", help="how many at least (200)")
     parser.add_argument("--concurrency", type=count, default=8, metavar="N", help="streams at a time (8)")
     parser.add_argument("--tokens", type=_range, default=(64, 320), metavar="LOW,HIGH", help="of an answer (64,320)")
-    parser.add_argument("--faults", type=_kinds, default=DEFAULT_KINDS, metavar="KIND,KIND", help=", ".join(KINDS))
+    parser.add_argument("--faults", type=_kinds, default=KINDS, metavar="KIND,KIND", help=", ".join(KINDS))
     parser.add_argument("--times", type=count, default=5, metavar="N", help="how often each kind (5)")
     parser.add_argument("--seed", type=int, default=0, help="of the script and of the requests (0)")
     parser.add_argument("--checkpoint", default="embedded", metavar="DIR", help="a folder (the embedded one)")
@@ -71,7 +71,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     return Options(
         seed=given.seed,
         checkpoint=given.checkpoint,
-        size=Size(groups=given.groups, replicas=given.replicas, attention=given.attention),
+        size=Size(
+            groups=given.groups,
+            replicas=given.replicas,
+            attention=given.attention,
+            routers=min(given.replicas, 2),
+        ),
         kinds=given.faults,
         times=given.times,
         lengths=Lengths(stop_s=given.stop, cut_s=given.cut, slow_s=given.slow, scale_timeout_s=given.whole),
@@ -98,6 +103,7 @@ def cluster_of(options: Options) -> Resolved:
         "gateway.http_port": http_port,
         "gateway.grpc_port": grpc_port,
         "attention.replicas": options.size.attention,
+        "router.replicas": options.size.routers,
         "experts.groups": options.size.groups,
         "experts.replicas": options.size.replicas,
         "experts.listen": options.listen,

@@ -18,8 +18,6 @@ FaultKind = Literal[
     "controller-kill",
 ]
 KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
-# What a drill applies unless told otherwise: scaling is asked for by name.
-DEFAULT_KINDS: tuple[FaultKind, ...] = tuple(kind for kind in KINDS if kind != "experts-scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,8 +130,6 @@ def pinned(resolved: Resolved) -> DeploymentConfig:
 
 def check_machine(resolved: Resolved) -> None:
     """Refuses to start where a port is taken or the memory of this machine is too small. Raises ConfigError."""
-    if resolved.config.router.replicas > 1:
-        raise ConfigError("router.replicas must be 1 here: the attention replicas of one machine share one router")
     gateway = resolved.config.gateway
     if gateway.http_port == gateway.grpc_port:
         raise ConfigError(f"gateway.http_port and gateway.grpc_port are both {gateway.http_port}: they must differ")

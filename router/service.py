@@ -4,6 +4,7 @@ import gc
 import logging
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from router.gate_fast import route_fast, warm_up
 from router.metrics import RouterMetrics
 from router.routing_counts import RoutingCounts
 from router.server import RouterServer
+from router.turn import Turn
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ ASK_AGAIN_S = 0.2
 
 
 class Router:
-    """Routes, dispatches and combines for the attention engines of its node."""
+    """Routes, dispatches and combines for the attention engines of its node; or stands by, where another one does."""
 
     def __init__(
         self, controller: DeploymentHandle, model: ServedModel, config: RouterConfig, publish: Publish
@@ -46,12 +48,13 @@ class Router:
             incarnation=fresh_incarnation(),
             fingerprint=model.fingerprint(checkpoint),
         )
+        own = Path(model.runtime_dir) / f"r-{identity.incarnation:x}.sock"
         routing = RoutingCounts(checkpoint.shape, num_groups=model.num_groups)
         self._server = RouterServer(
             routing.counted(make_gate(checkpoint)),
             identity=identity,
             secret=read_secret(model.secret_file),
-            address=model.router_address,
+            address=f"unix:{own}",
             limits=Limits.of(checkpoint.shape, max_rows=model.max_rows),
             num_groups=model.num_groups,
             dispatch_timeout_s=config.dispatch_timeout_s,
@@ -60,6 +63,8 @@ class Router:
         self._server.start()
         self._watcher = PlacementWatcher(controller, self._server)
         self._watcher.start()
+        self._turn = Turn(own=own, shared=Path(model.router_address.removeprefix("unix:")))
+        self._turn.start()
         self._lease = Lease(controller, self._describe)
         self._lease.start()
         metrics = RouterMetrics(routing, self._server)
@@ -80,6 +85,7 @@ class Router:
         if hasattr(self, "_counting"):
             self._watcher.stop()
             self._lease.stop()
+            self._turn.stop()
             self._server.stop()
             self._counting.stop()
 
@@ -105,6 +111,7 @@ class Router:
             node_id=self._node_id,
             pid=self._pid,
             details=(
+                ("state", "works" if self._turn.has_come else "stands by"),
                 ("placement_version", str(dispatcher.placement.version)),
                 *((name, str(counts[name])) for name in names),
             ),

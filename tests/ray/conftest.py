@@ -8,10 +8,11 @@ from ray_cluster import Cluster, started_cluster
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two attention replicas, four expert groups, float32."""
+    """Two attention replicas, four expert groups, a router and one that stands by, float32."""
     config = {
         "model": {"checkpoint": "embedded", "dtype": "float32", "max_model_len": 512},
         "attention": {"replicas": 2, "kv_cache_mib": 64, "step_timeout_s": 25},
+        "router": {"replicas": 2},
         "experts": {"groups": 4},
         # Nothing is scaled until a test raises the bounds. Engines, router and experts share two cores here, so the
         # busiest copy works for a fifth of the time.

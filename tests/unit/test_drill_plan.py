@@ -7,7 +7,7 @@ import pytest
 from benchmarks.drill import without_history
 from benchmarks.drill_faults import _HOW
 from benchmarks.drill_options import parse
-from benchmarks.drill_plan import DEFAULT_KINDS, KINDS, make_plan
+from benchmarks.drill_plan import KINDS, make_plan
 from benchmarks.drill_requests import GREEDY, Mix, make_ask, make_probe
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 
@@ -15,10 +15,10 @@ MIX = Mix(seed=3, prompts=[[5, 6], [7, 8, 9]], num_tokens=(10, 20))
 
 
 def test_a_script_has_each_kind_as_often_as_asked_and_is_the_same_for_a_seed():
-    plan = make_plan(DEFAULT_KINDS, times=5, seed=1)
-    assert Counter(fault.kind for fault in plan) == dict.fromkeys(DEFAULT_KINDS, 5)
-    assert plan == make_plan(DEFAULT_KINDS, times=5, seed=1)
-    assert plan != make_plan(DEFAULT_KINDS, times=5, seed=2)
+    plan = make_plan(KINDS, times=5, seed=1)
+    assert Counter(fault.kind for fault in plan) == dict.fromkeys(KINDS, 5)
+    assert plan == make_plan(KINDS, times=5, seed=1)
+    assert plan != make_plan(KINDS, times=5, seed=2)
     assert all(0 <= fault.pick < 1 for fault in plan)
 
 
@@ -62,8 +62,8 @@ def test_a_probe_is_greedy_and_marked():
 def test_the_command_line_has_the_drill_of_the_issue_as_its_default():
     options = parse([])
     assert (options.minutes, options.num_streams, options.times) == (10, 200, 5)
-    assert options.size.members == {"experts": 8, "router": 1, "attention": 2}
-    assert options.kinds == DEFAULT_KINDS
+    assert options.size.members == {"experts": 8, "router": 2, "attention": 2}
+    assert options.kinds == KINDS
     assert not options.is_single
 
 
