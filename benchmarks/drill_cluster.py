@@ -184,7 +184,7 @@ def _without_link(members: Collection[Process]) -> str | None:
 def _engines_below(pid: int) -> list[int]:
     try:
         children = psutil.Process(pid).children(recursive=True)
-        return [child.pid for child in children if "EngineCore" in child.name() and _is_alive(child.pid)]
+        return [child.pid for child in children if child.name().startswith("VLLM::EngineCor") and _is_alive(child.pid)]
     except psutil.NoSuchProcess:
         return []
 

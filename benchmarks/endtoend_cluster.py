@@ -62,6 +62,11 @@ class UpProcess:
         self._process.wait()
         shutil.rmtree(self._home, ignore_errors=True)
 
+    @property
+    def home(self) -> Path:
+        """EXPERTMESH_HOME of the cluster: where the command line finds it."""
+        return self._home
+
     def ready(self) -> RunningCluster:
         """Waits until the cluster answers. Raises ChildError where it does not start."""
         deadline_s = time.monotonic() + START_TIMEOUT_S

@@ -7,6 +7,8 @@ from experts.config import Settings
 
 class AttentionConfig(Settings):
     replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)  # above `replicas`: Serve scales between the two
+    target_open_requests: float = Field(default=32.0, gt=0)  # per replica, where Serve scales
     threads: int = Field(default=1, ge=1)  # compute threads of an engine
     kv_cache_mib: int = Field(default=128, ge=1)  # latent KV cache of an engine
     max_num_seqs: int = Field(default=64, ge=1)  # requests that one engine computes at a time
@@ -16,6 +18,10 @@ class AttentionConfig(Settings):
     drain_timeout_s: float = Field(default=600.0, ge=0)  # a replica that is to go may finish its streams for so long
     num_cpus: float = Field(default=0.1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
+
+    @property
+    def most_replicas(self) -> int:
+        return max(self.replicas, self.max_replicas)
 
 
 class GatewayConfig(Settings):

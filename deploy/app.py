@@ -6,7 +6,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.attention import Attention
 from cluster.autoscale_config import AutoscaleConfig
-from cluster.config import GatewayConfig
+from cluster.config import AttentionConfig, GatewayConfig
 from cluster.controller import Controller
 from cluster.exporter import Publisher
 from cluster.ingress import GRPC_SERVICER_FUNCTIONS, Gateway
@@ -17,6 +17,7 @@ from router.service import Router
 
 APP_NAME = "expertmesh"
 REPORT_EVERY_S = 1.0  # an expert replica tells Serve its load
+ELASTIC_ATTENTION = ("replicas", "max_replicas", "target_open_requests", "max_queued_requests", "drain_timeout_s")
 
 
 def build(args: dict[str, object]) -> Application:
@@ -106,7 +107,7 @@ def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
         {"name": "router", "num_replicas": config.router.replicas},
         {
             "name": "attention",
-            "num_replicas": attention.replicas,
+            **_attention_scaling(attention),
             "max_queued_requests": attention.max_queued_requests,
             "graceful_shutdown_timeout_s": attention.drain_timeout_s,
         },
@@ -124,9 +125,7 @@ def _fixed(config: DeploymentConfig) -> DeploymentConfig:
             update=_defaults(config.gateway, "replicas", "max_ongoing_requests", "drain_timeout_s")
         ),
         "router": config.router.model_copy(update=_defaults(config.router, "replicas")),
-        "attention": config.attention.model_copy(
-            update=_defaults(config.attention, "replicas", "max_queued_requests", "drain_timeout_s")
-        ),
+        "attention": config.attention.model_copy(update=_defaults(config.attention, *ELASTIC_ATTENTION)),
         "experts": config.experts.model_copy(update=_defaults(config.experts, "replicas")),
         "autoscale": AutoscaleConfig(window_s=config.autoscale.window_s),
     }
@@ -135,6 +134,18 @@ def _fixed(config: DeploymentConfig) -> DeploymentConfig:
 
 def _defaults(section: Settings, *keys: str) -> dict[str, object]:
     return {key: type(section).model_fields[key].default for key in keys}
+
+
+def _attention_scaling(attention: AttentionConfig) -> dict[str, object]:
+    """By open requests, as Serve scales anything."""
+    if attention.most_replicas == attention.replicas:
+        return {"num_replicas": attention.replicas}
+    scaling = {
+        "min_replicas": attention.replicas,
+        "max_replicas": attention.max_replicas,
+        "target_ongoing_requests": attention.target_open_requests,
+    }
+    return {"autoscaling_config": scaling}
 
 
 def _expert_scaling(config: DeploymentConfig) -> dict[str, object]:

@@ -31,9 +31,6 @@ def change(running: RunningCluster, resolved: Resolved, *, say: Say) -> None:
     Raises ConfigError where the change needs `expertmesh down` first, and StartError where it failed.
     """
     old, new = DeploymentConfig.model_validate(running.config), pinned(resolved)
-    if old == new:
-        say("nothing has changed")
-        return
     _check(running, old, new)
     _check_memory(old, resolved)
     os.environ |= ray_environment(Path(running.runtime_dir))
@@ -51,6 +48,7 @@ def change(running: RunningCluster, resolved: Resolved, *, say: Say) -> None:
                 f"Serve does not answer at {running.ray_address}; `expertmesh down` ends what is left of it"
             )
         client.deploy_apps(serve_config(resolved, running.runtime_dir))
+        # Now, and not at the end: Serve goes on trying to make it so, whatever becomes of us.
         replace(running, config=new.model_dump(), attention_replicas=new.attention.replicas).write()
         wait_until_running(client, started_s=started_s, say=say)
     finally:

@@ -155,7 +155,7 @@ def memory_needed(resolved: Resolved) -> int:
     stored = sum(entry.file.stat().st_size for entry in {e.file: e for e in checkpoint.tensors.values()}.values())
     rest = max(stored - bytes_needed(checkpoint, shape.num_experts, checkpoint.dtype), 0)
     rest *= getattr(torch, resolved.dtype).itemsize / checkpoint.dtype.itemsize
-    attention = config.attention.replicas * (rest + (config.attention.kv_cache_mib << 20) + (1400 << 20))
+    attention = config.attention.most_replicas * (rest + (config.attention.kv_cache_mib << 20) + (1400 << 20))
     _, copies = config.expert_copies
     processes = config.experts.groups * copies + config.router.replicas
     return int(routed * copies + attention + processes * (350 << 20) + (1500 << 20))

@@ -202,8 +202,8 @@ def booked_cpus(config: DeploymentConfig) -> float:
     """CPUs that all replicas book from Ray, the controller and Serve's own actors included."""
     _, copies = config.expert_copies
     groups = config.experts.groups * copies * config.experts.num_cpus
-    parts = (config.router, config.attention, config.gateway)
-    return groups + sum(part.replicas * part.num_cpus for part in parts) + 1
+    rest = sum(part.replicas * part.num_cpus for part in (config.router, config.gateway))
+    return groups + config.attention.most_replicas * config.attention.num_cpus + rest + 1
 
 
 def _in_main_thread() -> bool:
