@@ -49,7 +49,7 @@ SCALING: dict[str, object] = {
     "autoscale.max_replicas": 2,
     "autoscale.target_busy_share": 0.11,
     "autoscale.up_busy_share": 0.14,
-    "autoscale.down_busy_share": 0.06,
+    "autoscale.down_busy_share": 0.1,
     "autoscale.window_s": 10.0,
     "autoscale.up_delay_s": 5.0,
     "autoscale.down_delay_s": 15.0,

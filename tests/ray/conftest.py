@@ -15,11 +15,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "router": {"replicas": 2},
         "experts": {"groups": 4},
         # Nothing is scaled until a test raises the bounds. Engines, router and experts share two cores here, so the
-        # busiest copy works for a fifth of the time.
+        # busiest copy works for a tenth to a fifth of the time.
         "autoscale": {
-            "target_busy_share": 0.09,
-            "up_busy_share": 0.11,
-            "down_busy_share": 0.07,
+            "target_busy_share": 0.06,
+            "up_busy_share": 0.07,
+            "down_busy_share": 0.04,
             "up_delay_s": 3.0,
             "down_delay_s": 6.0,
             "window_s": 3.0,
