@@ -1,6 +1,6 @@
 """Expert groups that scale by their load: a hot spot comes, stays and goes, and the tokens stay those of vLLM.
 
-    python -m benchmarks.scaling [--steady S] [--pulses N] [--out DIR]
+    python -m benchmarks.scaling [--steady S] [--pulse S] [--out DIR]
 
 A cluster of its own is started with up to two copies of each expert group. Then:
 

@@ -39,7 +39,7 @@ def build(args: dict[str, object]) -> Application:
     controller = _deployment(Controller, "controller", num_cpus=0.1, max_surge_percent=0).bind(
         num_groups=model.num_groups, lease_s=config.experts.lease_s, publisher=publisher
     )
-    groups = [_expert_group(controller, model, config, group) for group in range(model.num_groups)]
+    groups = [_expert_group(controller, model, config, group, publisher) for group in range(model.num_groups)]
     router = _deployment(Router, "router", num_cpus=config.router.num_cpus).bind(
         controller, model, config.router, publisher
     )
@@ -169,7 +169,9 @@ def _expert_scaling(config: DeploymentConfig) -> dict[str, object]:
     }
 
 
-def _expert_group(controller: Application, model: ServedModel, config: DeploymentConfig, group: int) -> Application:
+def _expert_group(
+    controller: Application, model: ServedModel, config: DeploymentConfig, group: int, publisher: Publisher
+) -> Application:
     experts = config.experts
     return _deployment(
         ExpertGroup,
@@ -182,7 +184,7 @@ def _expert_group(controller: Application, model: ServedModel, config: Deploymen
         experts,
         group,
         load_window_s=config.autoscale.window_s,
-        publish=Publisher.of(config.metrics, model.runtime_dir),
+        publish=publisher,
     )
 
 

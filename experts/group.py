@@ -87,11 +87,8 @@ class ExpertGroup:
         self._member_id, self._node_id, self._pid = own_ids()
         self._group = group
         self._held = held
-        self._load = LoadMeter(
-            flops_per_pair=pair_flops(hidden_size=shape.hidden_size, moe_intermediate_size=shape.moe_intermediate_size),
-            window_s=load_window_s,
-            now_s=time.monotonic(),
-        )
+        flops = pair_flops(hidden_size=shape.hidden_size, moe_intermediate_size=shape.moe_intermediate_size)
+        self._load = LoadMeter(flops_per_pair=flops, window_s=load_window_s, now_s=time.monotonic())
         incarnation = fresh_incarnation()
         self._server = ExpertServer(
             make_expert_ffn(weights, path=config.compute),
