@@ -16,7 +16,7 @@ import psutil
 import yaml
 
 from benchmarks.serving_fleet import Engines
-from benchmarks.serving_process import ROOT, ChildError, clean_environment
+from benchmarks.serving_process import OWN_GROUP, ROOT, ChildError, clean_environment
 from benchmarks.serving_setups import Setup
 from deploy.config import Resolved, check_machine, memory_needed, pinned, resolve
 from deploy.local import RunningCluster
@@ -44,7 +44,7 @@ class UpProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for us, and we end it
+                process_group=OWN_GROUP,
             )
 
     def __enter__(self) -> Self:
