@@ -10,7 +10,7 @@ BENCH ?=
 DRILL ?=
 STAMP := $(VENV)/.installed-$(VLLM)
 
-.PHONY: help setup check format test serve parity bench drill nano clean
+.PHONY: help setup check format test serve parity bench drill storm clients nano clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,12 @@ bench: setup ## every benchmark beside unmodified vLLM, with one page at the end
 
 drill: setup ## kills, stops, slows and cuts parts of a cluster that serves, and checks every token (half an hour on two cores)
 	$(BIN)/python -m benchmarks.drill --out benchmarks/results $(DRILL)
+
+storm: setup ## ten times too much load, and clients that leave; what is refused, and what is left of them (five minutes)
+	$(BIN)/python -m benchmarks.storm --out benchmarks/results $(STORM)
+
+clients: setup ## drives a cluster with the clients that people use; makes environments for them first
+	$(BIN)/pytest -q tests/clients
 
 nano: setup ## the embedded checkpoint, trained anew (an hour or two on two cores; goes on where it was stopped)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[nano]'

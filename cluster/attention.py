@@ -164,6 +164,8 @@ def engine_arguments(
         "max_num_seqs": config.max_num_seqs,
         "load_format": LOAD_FORMAT,
         "scheduler_cls": "cluster.vllm_scheduler.PoisonAwareScheduler",
+        # The one that gateways have tried a schema with; vLLM would turn to another one for what it does not take.
+        "structured_outputs_config": {"backend": "xgrammar"},
         "additional_config": {"expertmesh": link.as_dict()},
     }
 

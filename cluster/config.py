@@ -1,6 +1,10 @@
 """Settings of the attention replicas and of the gateway."""
 
-from pydantic import Field
+import ipaddress
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from experts.config import Settings
 
@@ -28,8 +32,45 @@ class GatewayConfig(Settings):
     replicas: int = Field(default=1, ge=1)
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=1, le=65535)
+    grpc_host: str = "127.0.0.1"
     grpc_port: int = Field(default=9000, ge=1, le=65535)
+    auth: Literal["keys", "none"] = "keys"  # none: only where both hosts are loopback
+    keys_file: str | None = None  # one key a line, mode 600; those of EXPERTMESH_API_KEYS count, too
+    tls_cert_file: str | None = None  # PEM; with it both doors speak TLS only
+    tls_key_file: str | None = None
+    tls_client_ca_file: str | None = None  # clients must show a certificate of it
     request_timeout_s: float = Field(default=600.0, gt=0, le=3600)
-    max_ongoing_requests: int = Field(default=1000, ge=1)
+    max_open_requests: int = Field(default=256, ge=1)  # generations of one replica; more are refused with 429
+    log_requests: Literal["off", "facts", "prompts"] = "facts"
+    max_body_bytes: int = Field(default=4 << 20, ge=1 << 10, le=1 << 30)  # of an HTTP body, or a gRPC message
     drain_timeout_s: float = Field(default=600.0, ge=0)
     num_cpus: float = Field(default=0.1, ge=0)
+
+    @model_validator(mode="after")
+    def _is_open_to_nobody(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file belong together: give both, or none")
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
+        for name in ("http_host", "grpc_host"):
+            host = getattr(self, name)
+            if self.auth == "none" and not _is_loopback(host):
+                raise ValueError(f"auth is none, and {name} is {host}: without keys only loopback is served")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayModel:
+    """What is served, as a gateway must know it."""
+
+    checkpoint: str  # folder with config.json and the tokenizer's files; weights are not read
+    served_name: str
+    dtype: str
+    max_model_len: int  # tokens of prompt and answer together
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

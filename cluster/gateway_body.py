@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import cast
 
+from cluster.gateway_format import check_format
 from cluster.validate import (
     ContextLengthExceeded,
     GenerationRequest,
@@ -25,9 +26,10 @@ Body = dict[str, object]
 
 _MAX_DEPTH = 32
 _MAX_KEYS = 1000
-_MAX_MESSAGES = 1024
-_MAX_PARTS = 256
-_ROLES = ("system", "developer", "user", "assistant")
+_NOT_A_NUMBER = (str, dict, list)
+MAX_MESSAGES = 1024
+MAX_PARTS = 256
+ROLES = ("system", "developer", "user", "assistant")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -38,9 +40,9 @@ _SAMPLING = _words(
     "model max_tokens min_tokens temperature top_p top_k min_p n seed stop stop_token_ids logit_bias logprobs "
     "prompt_logprobs repetition_penalty presence_penalty frequency_penalty ignore_eos stream stream_options "
     "request_id skip_special_tokens spaces_between_special_tokens include_stop_str_in_output add_special_tokens "
-    "return_tokens_as_token_ids return_token_ids"
+    "return_tokens_as_token_ids return_token_ids response_format"
 )
-_FIELDS: Mapping[str, frozenset[str]] = {
+FIELDS: Mapping[str, frozenset[str]] = {
     "/v1/completions": _SAMPLING | {"prompt", "echo"},
     "/v1/chat/completions": _SAMPLING
     | {"messages", "top_logprobs", "max_completion_tokens", "add_generation_prompt", "continue_final_message"},
@@ -53,7 +55,6 @@ _FIELDS: Mapping[str, frozenset[str]] = {
 _ANY_VALUE = frozenset({"user", "metadata", "service_tier", "parallel_tool_calls"})
 _ONLY_VALUE: Mapping[str, object] = {
     "store": False,
-    "response_format": {"type": "text"},
     "tool_choice": "none",
     "tools": [],
     "best_of": 1,
@@ -74,6 +75,7 @@ def read_body(path: str, raw: bytes, *, limits: Limits, served_name: str, timeou
     body = _parse(raw)
     kept = _known_fields(path, body)
     check_model(kept.get("model"), served_name)
+    check_format(kept)
     _CHECKS[path](kept, limits, timeout_s)
     return kept
 
@@ -83,7 +85,8 @@ def _parse(raw: bytes) -> Body:
         raise RequestError(f"the body contains {word}, which is not JSON")
 
     try:
-        body = json.loads(raw, object_pairs_hook=_without_duplicates, parse_constant=refuse_constant)
+        # Decoded here: json.loads would take UTF-16 and UTF-32, too.
+        body = json.loads(raw.decode(), object_pairs_hook=_without_duplicates, parse_constant=refuse_constant)
     except UnicodeDecodeError:
         raise RequestError("the body is not valid UTF-8") from None
     except RecursionError:
@@ -122,7 +125,7 @@ def _check_tree(body: Body) -> None:
                 raise RequestError(f"{field} has a key that is not valid Unicode", field=field)
             rest.extend((field, item, depth + 1) for item in value.values())
         elif isinstance(value, list):
-            rest.extend((field, item, depth + 1) for item in value if isinstance(item, str | dict | list))
+            rest.extend((field, item, depth + 1) for item in value if isinstance(item, _NOT_A_NUMBER))
     if num_keys + len(body) > _MAX_KEYS:
         raise RequestError(f"the body has more than {_MAX_KEYS} keys")
 
@@ -132,7 +135,7 @@ def _known_fields(path: str, body: Body) -> Body:
     for name, value in body.items():
         if value is None:  # null means the default, for every field
             continue
-        if name in _FIELDS[path]:
+        if name in FIELDS[path]:
             kept[name] = value
         elif name in _ONLY_VALUE:
             if value != _ONLY_VALUE[name]:
@@ -140,9 +143,21 @@ def _known_fields(path: str, body: Body) -> Body:
         elif name not in _ANY_VALUE:
             shown = name[:64].encode(errors="replace").decode()
             raise RequestError(f"{shown} is not a field that {path} takes", field=shown)
+        if name == "stream_options":
+            _check_stream_options(value)
         if name in _FLAGS and not isinstance(value, bool):
             raise RequestError(f"{name} must be true or false", field=name)
     return kept
+
+
+def _check_stream_options(options: object) -> None:
+    known = {"include_usage", "continuous_usage_stats"}
+    if (
+        not isinstance(options, dict)
+        or options.keys() - known
+        or not all(isinstance(value, bool | None) for value in options.values())
+    ):
+        raise RequestError(f"stream_options may have the flags {', '.join(sorted(known))}", field="stream_options")
 
 
 def _check_completion(body: Body, limits: Limits, timeout_s: float | None) -> None:
@@ -187,8 +202,8 @@ def _check_chat(body: Body, limits: Limits, timeout_s: float | None) -> None:
 
 def _check_messages(body: Body, limits: Limits) -> None:
     messages = body.get("messages")
-    if not isinstance(messages, list) or not 1 <= len(messages) <= _MAX_MESSAGES:
-        raise RequestError(f"messages must be a list of 1 to {_MAX_MESSAGES} messages", field="messages")
+    if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES:
+        raise RequestError(f"messages must be a list of 1 to {MAX_MESSAGES} messages", field="messages")
     num_chars = sum(_message_chars(message, f"messages[{i}]") for i, message in enumerate(messages))
     if num_chars > limits.max_prompt_chars:
         raise ContextLengthExceeded(
@@ -200,17 +215,17 @@ def _check_messages(body: Body, limits: Limits) -> None:
 
 def _message_chars(message: object, where: str) -> int:
     """Characters of one message. Raises RequestError unless it is a role and text, whole or in parts."""
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
-        raise RequestError(f"{where}.role must be one of {', '.join(_ROLES)}", field=f"{where}.role")
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}", field=f"{where}.role")
     for name in message.keys() - {"role", "content", "name"}:
         if message[name] is not None:
             raise RequestError(f"{where}.{name[:64]} is not supported; messages are text", field=f"{where}.{name[:64]}")
     content = message.get("content")
     if isinstance(content, str):
         return len(content)
-    if not isinstance(content, list) or len(content) > _MAX_PARTS:
+    if not isinstance(content, list) or len(content) > MAX_PARTS:
         raise RequestError(
-            f"{where}.content must be a string or a list of at most {_MAX_PARTS} parts", field=f"{where}.content"
+            f"{where}.content must be a string or a list of at most {MAX_PARTS} parts", field=f"{where}.content"
         )
     return sum(_part_chars(part, f"{where}.content[{i}]") for i, part in enumerate(content))
 
@@ -252,7 +267,8 @@ def _logical(
 
 _LOGICAL_FIELDS = _words(
     "max_tokens min_tokens temperature top_p top_k min_p n seed logit_bias logprobs prompt_logprobs "
-    "repetition_penalty presence_penalty frequency_penalty ignore_eos model request_id"
+    "repetition_penalty presence_penalty frequency_penalty ignore_eos skip_special_tokens include_stop_str_in_output "
+    "model request_id"
 )
 # JSON has any type in any field, and `check` is what finds that out.
 _build_request = cast("Callable[..., GenerationRequest]", GenerationRequest)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from cluster.keys import Unauthenticated
 from cluster.validate import ContextLengthExceeded, UnknownModel
 from experts.errors import DeadlineExceeded, RequestError, ServingError
 
@@ -19,6 +20,14 @@ INTERNAL_PREFIX = "internal error; its id in the log is "
 
 class BodyTooLarge(RequestError):
     """The HTTP body has more bytes than are allowed (RESOURCE_EXHAUSTED, 413)."""
+
+
+class HeadersTooLarge(RequestError):
+    """The HTTP headers have more bytes than are allowed (RESOURCE_EXHAUSTED, 431)."""
+
+
+class SlowBody(RequestError):
+    """The HTTP body takes too long to arrive (DEADLINE_EXCEEDED, 408)."""
 
 
 class NoSuchRoute(RequestError):
@@ -33,11 +42,8 @@ class Overloaded(ServingError):
     """The cluster's queue is full; come back later (RESOURCE_EXHAUSTED, 429)."""
 
 
-class RefusedStream(Exception):
-    """Ends a gRPC stream whose context already carries code and details; its text goes nowhere.
-
-    It lives here because Serve's proxy unpickles it, and must not import vLLM for that.
-    """
+class NoSuchService(RequestError):
+    """Health is asked for of a service that is not served (NOT_FOUND)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,16 @@ class Refusal:
         return self.code or "refused"  # by a rule of vLLM's server that is not on our table
 
     @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Of the HTTP answer, but for its length."""
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        if self.http_status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        return headers
+
+    @property
     def body(self) -> dict[str, dict[str, str | None]]:
         """The OpenAI error body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.field, "code": self.code}}
@@ -76,9 +92,13 @@ _CODES = grpc.StatusCode
 _BAD_REQUEST = "invalid_request_error"
 # The first row whose class fits counts: special ones before general ones.
 _TABLE: tuple[tuple[type[Exception], _Answer], ...] = (
+    (Unauthenticated, _Answer(401, _CODES.UNAUTHENTICATED, "authentication_error", "invalid_api_key")),
+    (NoSuchService, _Answer(404, _CODES.NOT_FOUND, _BAD_REQUEST, "not_found")),
     (UnknownModel, _Answer(404, _CODES.NOT_FOUND, _BAD_REQUEST, "model_not_found")),
     (ContextLengthExceeded, _Answer(400, _CODES.INVALID_ARGUMENT, _BAD_REQUEST, "context_length_exceeded")),
     (BodyTooLarge, _Answer(413, _CODES.RESOURCE_EXHAUSTED, _BAD_REQUEST, "body_too_large")),
+    (HeadersTooLarge, _Answer(431, _CODES.RESOURCE_EXHAUSTED, _BAD_REQUEST, "headers_too_large")),
+    (SlowBody, _Answer(408, _CODES.DEADLINE_EXCEEDED, _BAD_REQUEST, "slow_body")),
     (WrongMethod, _Answer(405, _CODES.UNIMPLEMENTED, _BAD_REQUEST, "method_not_allowed")),
     (NoSuchRoute, _Answer(404, _CODES.UNIMPLEMENTED, _BAD_REQUEST, "not_found")),
     (RequestError, _Answer(400, _CODES.INVALID_ARGUMENT, _BAD_REQUEST, "invalid_value")),

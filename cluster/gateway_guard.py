@@ -17,16 +17,21 @@ from cluster.gateway_body import read_body
 from cluster.gateway_errors import (
     BodyTooLarge,
     NoSuchRoute,
+    Overloaded,
     Refusal,
+    SlowBody,
     WrongMethod,
     internal_error,
     refusal_of,
     refusal_of_status,
 )
-from cluster.gateway_vllm import ADMISSION, Admission
+from cluster.gateway_format import schema_of
+from cluster.gateway_load import OpenRequests
+from cluster.gateway_schema import SchemaCheck
+from cluster.gateway_vllm import ADMISSION, Admission, new_request_id
 from cluster.metrics import GATEWAY
-from cluster.validate import Limits, check_request_id
-from experts.errors import RequestError
+from cluster.validate import REQUEST_ID, Limits, check_request_id
+from experts.errors import RequestError, ServingError
 
 # All that the gateway serves over HTTP; the built app's other routes are removed and their paths answer 404.
 ROUTES: Mapping[str, str] = {
@@ -40,7 +45,9 @@ ROUTES: Mapping[str, str] = {
     "/version": "GET",
     "/metrics": "GET",
     "/expertmesh/status": "GET",
+    "/openapi.json": "GET",
 }
+BODY_TIMEOUT_S = 30.0
 GENERATIONS = frozenset({"/v1/completions", "/v1/chat/completions"})
 _PYDANTIC = re.compile(r"""'msg': (['"])(.*?)\1""")
 _SSE_ERROR = b'data: {"error":'
@@ -50,13 +57,23 @@ class Guard:
     """An ASGI app round another one."""
 
     def __init__(
-        self, app: ASGIApp, *, limits: Limits, served_name: str, request_timeout_s: float, max_body_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        served_name: str,
+        request_timeout_s: float,
+        max_body_bytes: int,
+        load: OpenRequests,
+        schemas: SchemaCheck,
     ) -> None:
         self._app = app
         self._limits = limits
         self._served_name = served_name
         self._request_timeout_s = request_timeout_s
         self._max_body_bytes = max_body_bytes
+        self._load = load
+        self._schemas = schemas
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -64,12 +81,16 @@ class Guard:
             return
         admission = Admission(asyncio.get_running_loop().time() + self._request_timeout_s)
         ADMISSION.set(admission)
-        answer = _Answer(send, admission)
+        answer = _Answer(send, admission, request_id=_given_id(scope) or new_request_id())
         if scope.get("path") not in GENERATIONS or scope.get("method") == "OPTIONS":
             await self._answer(scope, receive, answer)
             return
         with GATEWAY.request("http") as counted:
-            await self._answer(scope, receive, answer)
+            try:
+                with self._load.one_more():
+                    await self._answer(scope, receive, answer)
+            except Overloaded as exc:
+                await answer.refuse(refusal_of(exc))
             # A client that leaves ends the app without an error, and its answer in the middle.
             counted.outcome = answer.outcome if answer.complete else "cancelled"
 
@@ -77,16 +98,16 @@ class Guard:
         try:
             if scope["type"] != "http":
                 raise NoSuchRoute("only HTTP requests are served here")
-            scope, receive = await self._admit(scope, receive, answer.admission)
+            scope, receive = await self._admit(scope, receive, answer)
             await self._app(scope, receive, answer.send)
-        except RequestError as exc:
+        except (RequestError, ServingError) as exc:
             await answer.refuse(refusal_of(exc))
         except Exception as exc:
             refusal = internal_error("an HTTP request failed", exc)
             if not answer.complete:  # Starlette answers and then raises all the same, for the server's log
                 await answer.refuse(refusal)
 
-    async def _admit(self, scope: Scope, receive: Receive, admission: Admission) -> tuple[Scope, Receive]:
+    async def _admit(self, scope: Scope, receive: Receive, answer: "_Answer") -> tuple[Scope, Receive]:
         """The request as the app may see it. Raises RequestError for whatever must not pass."""
         path, method = scope["path"], scope["method"]
         allowed = ROUTES.get(path)
@@ -99,13 +120,19 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         timeout_s = _timeout_of(headers)
         if timeout_s is not None:
-            admission.deadline += timeout_s - self._request_timeout_s
+            answer.admission.deadline += timeout_s - self._request_timeout_s
         check_request_id(headers.get("x-request-id"), self._limits)
         if allowed == "POST":
-            raw = await self._read(headers, receive)
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    raw = await self._read(headers, receive)
+            except TimeoutError:
+                raise SlowBody(f"the body was not there within {BODY_TIMEOUT_S:.0f} s") from None
             body = read_body(path, raw, limits=self._limits, served_name=self._served_name, timeout_s=timeout_s)
-            admission.max_tokens = cast("int | None", body.get("max_completion_tokens", body.get("max_tokens")))
-            scope, receive = _replay(scope, json.dumps(body).encode(), receive)
+            if (schema := schema_of(body)) is not None:
+                await self._schemas.check(schema)
+            answer.admission.max_tokens = cast("int | None", body.get("max_completion_tokens", body.get("max_tokens")))
+            scope, receive = _replay(answer.with_id(scope), json.dumps(body).encode(), receive)
         return scope, receive
 
     async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
@@ -121,6 +148,16 @@ class Guard:
         if more or len(raw) > self._max_body_bytes:
             raise BodyTooLarge(f"the body has more than {self._max_body_bytes} bytes")
         return bytes(raw)
+
+
+def _given_id(scope: Scope) -> str | None:
+    """The client's own id, if it may be echoed; `_admit` refuses any other."""
+    given = [value for name, value in scope.get("headers", ()) if name.lower() == b"x-request-id"]
+    return (
+        given[0].decode()
+        if given and len(given[0]) <= 128 and REQUEST_ID.fullmatch(given[0].decode("latin-1"))
+        else None
+    )
 
 
 def _timeout_of(headers: Mapping[str, str]) -> float | None:
@@ -149,14 +186,20 @@ class _Answer:
     The start of an error or of an event stream is held back until its first bytes tell what it is.
     """
 
-    def __init__(self, send: Send, admission: Admission) -> None:
+    def __init__(self, send: Send, admission: Admission, *, request_id: str) -> None:
         self._send = send
+        self._id_header = (b"x-request-id", request_id.encode())
         self.admission = admission
         self.outcome = "ok"  # or of the error that the client is told
         self._held: Message | None = None  # a start that waits for its first bytes
         self._error_body: bytearray | None = None  # of an error answer, until complete
         self._begun = False
         self.complete = False
+
+    def with_id(self, scope: Scope) -> Scope:
+        """The request with the id that its answer will have."""
+        kept = [(name, value) for name, value in scope["headers"] if name.lower() != self._id_header[0]]
+        return {**scope, "headers": [*kept, self._id_header]}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -179,9 +222,7 @@ class _Answer:
             await self._pass({"type": "http.response.body", "body": _event(refusal)})
             return
         body = json.dumps(refusal.body).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if refusal.retry_after_s is not None:
-            headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
+        headers = [(b"content-length", str(len(body)).encode()), *refusal.headers]
         await self._pass({"type": "http.response.start", "status": refusal.http_status, "headers": headers})
         await self._pass({"type": "http.response.body", "body": body})
 
@@ -206,6 +247,9 @@ class _Answer:
         await self._pass(message)
 
     async def _pass(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kept = [(name, value) for name, value in message["headers"] if name.lower() != self._id_header[0]]
+            message = {**message, "headers": [*kept, self._id_header]}
         self._begun = True
         self.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)

@@ -41,13 +41,19 @@ class Health:
 
     deployments: Callable[[], Awaitable[dict[str, DeploymentHealth]]]
     controller: Callable[[], Awaitable[Json]] | None = None
+    is_draining: Callable[[], bool] = lambda: False  # this gateway is about to go
     max_age_s: float = 1.0
     timeout_s: float = 5.0
     _seen: dict[str, DeploymentHealth] = field(default_factory=dict)
     _seen_at_s: float = float("-inf")
 
     async def missing(self) -> list[str]:
-        """Deployments that have no running replica; empty when the cluster is ready. Raises ServingError."""
+        """Deployments that have no running replica; empty when the cluster is ready.
+
+        Raises ServingError where that is not known, and where this gateway drains.
+        """
+        if self.is_draining():
+            raise ServingError("this gateway drains; try again")
         deployments = await self._ask()
         return sorted(name for name, health in deployments.items() if not health.can_serve)
 

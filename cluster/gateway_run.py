@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from cluster.metrics import GATEWAY
+from cluster.request_log import RECORD
 from experts.errors import DeadlineExceeded, ServingError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ async def run(
     """
     # An answer in one piece does not say when its tokens were made.
     clock = None if params.output_kind.name == "FINAL_ONLY" else GATEWAY.stream()
+    record = RECORD.get()
+    if record is not None:
+        record.on_start(request_id, prompt_token_ids)
     outputs = engine.generate({"prompt_token_ids": prompt_token_ids}, params, f"{request_id}-{uuid.uuid4().hex[:8]}")
     try:
         finished = False
@@ -50,7 +54,10 @@ async def run(
             output = await _next_before(deadline, outputs)
             _refuse_unfinished(output)
             finished = output.finished
-            if clock is not None and any(choice.token_ids for choice in output.outputs):
+            num_tokens = sum(len(choice.token_ids) for choice in output.outputs)
+            if record is not None:
+                record.on_tokens(num_tokens)
+            if clock is not None and num_tokens:
                 clock.on_tokens()
             yield output
     finally:

@@ -5,41 +5,33 @@ by the replica's constructor.
 """
 
 import asyncio
+import gc
 import os
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from cluster.config import GatewayConfig, GatewayModel
 from cluster.continuation import ReplicaLost
 from cluster.exporter import OFF, Publisher
 from cluster.gateway_errors import Overloaded
 from cluster.gateway_health import DeploymentHealth, Health, Json
+from cluster.keys import Keys
 from cluster.metrics import GATEWAY
-from cluster.proto.expertmesh.v1 import inference_pb2 as pb
-from cluster.validate import Limits
 from experts.errors import GroupUnavailable, ServingError
+from experts.logs import set_up_logs
 from experts.member import own_ids
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
-
-# For Serve's gRPC options: what the proxies must import to know our services.
-GRPC_SERVICER_FUNCTIONS = (
-    "cluster.proto.expertmesh.v1.inference_pb2_grpc.add_InferenceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
 
 
 class HandleEngine:
@@ -81,85 +73,59 @@ def unwrapped(exc: Exception) -> Exception:
     return exc
 
 
-@serve.ingress()
 class Gateway:
-    """One gateway replica. Method names are RPC names: Serve routes by them, and tells contexts by argument name.
-
-    checkpoint: folder with config.json and the tokenizer's files; weights are not read.
-    max_model_len: tokens of prompt and answer together.
-    request_timeout_s: the deadline of a request that names none.
-    attention: offers `generate(prompt, params, request_id)`, streaming RequestOutput.
-    controller: offers `status()`, a JSON object; without one the status page has Serve's view only.
-    keep: deployments that are called from elsewhere only: Serve starts what its ingress names.
-    """
+    """One gateway replica: an HTTP and a gRPC server of its own (cluster/gateway_servers.py)."""
 
     async def __init__(
         self,
-        *,
-        checkpoint: str,
-        served_name: str,
-        dtype: str,
-        max_model_len: int,
-        request_timeout_s: float,
+        model: GatewayModel,
+        config: GatewayConfig,
         attention: DeploymentHandle,
-        drops_rows: bool = False,
         controller: DeploymentHandle | None = None,
-        max_body_bytes: int = 4 << 20,
+        *,
+        drops_rows: bool = False,
         keep: Sequence[DeploymentHandle] = (),
         publisher: Publisher = OFF,
     ) -> None:
+        """attention: offers `generate(prompt, params, request_id)`, streaming RequestOutput.
+
+        controller: offers `status()`, a JSON object; without one the status page has Serve's view only.
+        keep: deployments that are called from elsewhere only: Serve starts what its ingress names.
+        Raises ConfigError where a port, a certificate or the keys cannot be used.
+        """
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports below: everything needed is in the folder
         from cluster.gateway_failover import ContinuingEngine
-        from cluster.gateway_http import build_http_app
-        from cluster.gateway_rpc import Rpc, model_info_of
-        from cluster.gateway_vllm import ForwardingClient, vllm_config_of
+        from cluster.gateway_front import Front
+        from cluster.gateway_servers import Doors
 
-        config = vllm_config_of(checkpoint, served_name, dtype=dtype, max_model_len=max_model_len)
-        limits = Limits(max_model_len=max_model_len, vocab_size=config.model_config.get_vocab_size())
+        set_up_logs()
+        keys = Keys(()) if config.auth == "none" else Keys.read(config.keys_file)
         engine = ContinuingEngine(HandleEngine(attention), drops_rows=drops_rows)
+        GATEWAY.log_detail = config.log_requests
+        loop = asyncio.get_running_loop()
+        GATEWAY.tasks = lambda: len(asyncio.all_tasks(loop))
         GATEWAY.failovers = lambda: {"continued": engine.continued, "given_up": engine.given_up}
         publisher(own_ids()[0], GATEWAY)
-        health = Health(_deployments, None if controller is None else lambda: _status_of(controller))
-        client = ForwardingClient(config, engine, limits=limits, request_timeout_s=request_timeout_s)
-        self._http_app = await build_http_app(
-            client, health, limits=limits, request_timeout_s=request_timeout_s, max_body_bytes=max_body_bytes
+        self._doors = doors = Doors(config, keys)
+        health = Health(
+            _deployments,
+            None if controller is None else lambda: _status_of(controller),
+            is_draining=lambda: doors.is_draining,
         )
-        self._rpc = Rpc(
-            engine=engine,
-            renderer=client.renderer,
-            health=health,
-            limits=limits,
-            model_info=model_info_of(checkpoint, config.model_config, served_name),
-            default_sampling=config.model_config.get_diff_sampling_param(),
-            request_timeout_s=request_timeout_s,
-        )
+        self._front = Front(model, config, engine, health)
+        await self._doors.open(await self._front.http_app(), self._front.services())
+        self._drain_timeout_s = config.drain_timeout_s
+        gc.freeze()  # modules: vLLM's alone make a full collection stop all streams for half a second
 
-    def __serve_build_asgi_app__(self) -> "ASGIApp":
-        return self._http_app
+    def reconfigure(self, elastic: dict[str, float]) -> None:
+        """What may change while the replica lives: `max_open_requests` and `drain_timeout_s`."""
+        self._front.load.limit = int(elastic["max_open_requests"])
+        self._drain_timeout_s = elastic["drain_timeout_s"]
 
-    async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
-        return await self._rpc.generate(request, grpc_context)
-
-    async def GenerateStream(
-        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.GenerateChunk]:
-        async for chunk in self._rpc.generate_stream(request, grpc_context):
-            yield chunk
-
-    async def ModelInfo(self, request: pb.ModelInfoRequest) -> pb.ModelInfoResponse:
-        return self._rpc.model_info
-
-    async def Check(
-        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
-    ) -> health_pb2.HealthCheckResponse:
-        return await self._rpc.check(request.service, grpc_context)
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        async for status in self._rpc.watch(request.service):
-            yield status
-
-    async def List(self, request: Message) -> Message:
-        return await self._rpc.list()
+    async def __del__(self) -> None:
+        if hasattr(self, "_drain_timeout_s"):
+            await self._doors.drain(self._drain_timeout_s)
+            await self._front.schemas.close()
 
 
 async def _deployments() -> dict[str, DeploymentHealth]:

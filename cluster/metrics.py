@@ -12,6 +12,7 @@ from typing import Literal, Self, get_args
 
 from prometheus_client import Metric
 
+from cluster.request_log import RECORD, Detail, Record
 from experts.counting import MAX_NOTES, PLACEMENT_VERSION, Histogram, counter, gauge, histogram
 from experts.placement import Member, Placement
 
@@ -25,6 +26,9 @@ OUTCOMES = (
     "model_not_found",
     "context_length_exceeded",
     "body_too_large",
+    "slow_body",
+    "headers_too_large",
+    "invalid_api_key",
     "method_not_allowed",
     "not_found",
     "invalid_value",
@@ -60,6 +64,13 @@ QUESTION_RETRIES = counter(
 ENGINE_REQUESTS = gauge(
     "expertmesh_engine_requests", "requests", "Requests at an engine, by state: running, waiting.", ("state",)
 )
+KV_BLOCKS = gauge(
+    "expertmesh_kv_blocks",
+    "blocks",
+    "Blocks of an engine's KV cache, by state: used by requests, or free (with or without a cached prefix).",
+    ("state",),
+)
+GATEWAY_TASKS = gauge("expertmesh_gateway_tasks", "tasks", "Tasks on a gateway's event loop.")
 OPEN_REQUESTS = gauge("expertmesh_open_requests", "requests", "Requests that the process has in hand.")
 REQUESTS = counter(
     "expertmesh_requests_total",
@@ -100,6 +111,7 @@ class EngineMetrics:
         self.question_retries = 0
         self.wait_notes: deque[float] = deque(maxlen=MAX_NOTES)  # seconds that layers have waited in this step
         self.requests: Callable[[], tuple[int, int]] = lambda: (0, 0)  # running, waiting; the scheduler knows
+        self.kv_blocks: Callable[[], tuple[int, int]] = lambda: (0, 0)  # used, free; the scheduler knows
         self._begun_s = 0.0
         self._steps = Histogram()
         self._tokens = 0
@@ -126,6 +138,8 @@ class EngineMetrics:
         yield ANSWER_WAIT_SECONDS.one(self._waits)
         yield QUESTION_RETRIES.one(self.question_retries)
         yield ENGINE_REQUESTS.by_label({"running": running, "waiting": waiting})
+        used, free = self.kv_blocks()
+        yield KV_BLOCKS.by_label({"used": used, "free": free})
 
 
 class AttentionMetrics:
@@ -145,6 +159,8 @@ class GatewayMetrics:
         self.first_token = Histogram(REQUEST_SECONDS)
         self.inter_token = Histogram(REQUEST_SECONDS)
         self.failovers: Callable[[], Mapping[str, int]] = dict  # by outcome; the gateway's engine knows
+        self.log_detail: Detail = "facts"
+        self.tasks: Callable[[], int] = lambda: 0  # on the event loop; the gateway knows
         self._open = 0
         self._outcomes: Counter[tuple[str, str]] = Counter()
 
@@ -165,6 +181,7 @@ class GatewayMetrics:
 
     def collect(self) -> Iterable[Metric]:
         yield OPEN_REQUESTS.one(self._open)
+        yield GATEWAY_TASKS.one(self.tasks())
         yield REQUESTS.family({**dict.fromkeys(product(SURFACES, OUTCOMES), 0), **self._outcomes}.items())
         yield FIRST_TOKEN_SECONDS.one(self.first_token)
         yield INTER_TOKEN_SECONDS.one(self.inter_token)
@@ -172,7 +189,7 @@ class GatewayMetrics:
 
 
 class RequestCount:
-    """Counts one request as open while its `with` lasts, and then under its outcome."""
+    """Counts one request as open while its `with` lasts, and then under its outcome, of which the log gets a line."""
 
     def __init__(self, metrics: GatewayMetrics, surface: str) -> None:
         self.outcome = "ok"  # whoever answers with an error sets its code
@@ -180,6 +197,8 @@ class RequestCount:
         self._surface = surface
 
     def __enter__(self) -> Self:
+        self._record = Record(surface=self._surface)
+        RECORD.set(self._record)
         self._metrics.on_request()
         return self
 
@@ -191,6 +210,7 @@ class RequestCount:
         elif kind is not None and self.outcome == "ok":
             self.outcome = "internal_error"
         self._metrics.on_request_end(self._surface, self.outcome)
+        self._record.write(self.outcome, self._metrics.log_detail)
 
 
 class StreamClock:

@@ -14,7 +14,7 @@ from experts.errors import RequestError
 
 _INT64_MAX = 2**63 - 1
 _INT32_MAX = 2**31 - 1
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]+")
 
 
 class UnknownModel(RequestError):
@@ -75,6 +75,8 @@ class GenerationRequest:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     echo: bool = False  # with it, max_tokens 0 is legal: only the prompt is scored
     model: str | None = None
     request_id: str | None = None
@@ -106,14 +108,14 @@ def check_prompt(request: GenerationRequest, limits: Limits) -> None:
 def check_sampling(request: GenerationRequest, limits: Limits, *, names: Mapping[str, str] | None = None) -> None:
     """Everything but the prompt. Raises RequestError as `check` does."""
     ask = _Asker(names or {})
-    for name, low, high in _whole_numbers(request, limits):
+    for name, low, high in whole_numbers(limits, may_score=request.echo):
         ask.whole(name, getattr(request, name), low, high)
-    for name, low, high in _numbers(limits):
+    for name, low, high in numbers(limits):
         ask.number(name, getattr(request, name), low, high)
     for name in ("top_p", "repetition_penalty", "timeout_s"):
         ask.above_zero(name, getattr(request, name))
-    if not isinstance(request.ignore_eos, bool | None):
-        ask.refuse("ignore_eos", f"must be true or false, and is {_kind(request.ignore_eos)}")
+    for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        ask.flag(name, getattr(request, name))
     _check_lengths_agree(ask, request)
     _check_stops(ask, request, limits)
     _check_logit_bias(ask, request, limits)
@@ -166,7 +168,7 @@ def check_request_id(request_id: object, limits: Limits) -> None:
     if request_id is None:
         return
     cap = limits.max_request_id_chars
-    if not isinstance(request_id, str) or len(request_id) > cap or not _REQUEST_ID.fullmatch(request_id):
+    if not isinstance(request_id, str) or len(request_id) > cap or not REQUEST_ID.fullmatch(request_id):
         raise RequestError(
             f"request_id must be 1 to {cap} characters of A-Z a-z 0-9 . _ : -",
             field="request_id",
@@ -191,9 +193,10 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def _whole_numbers(request: GenerationRequest, limits: Limits) -> tuple[tuple[str, int, int], ...]:
+def whole_numbers(limits: Limits, *, may_score: bool = False) -> tuple[tuple[str, int, int], ...]:
+    """Fields that are whole numbers, with their bounds. may_score: no new token may be asked for."""
     return (
-        ("max_tokens", 0 if request.echo else 1, limits.max_model_len),
+        ("max_tokens", 0 if may_score else 1, limits.max_model_len),
         ("min_tokens", 0, limits.max_model_len),
         ("top_k", -1, _INT32_MAX),
         ("n", 1, limits.max_choices),
@@ -203,7 +206,8 @@ def _whole_numbers(request: GenerationRequest, limits: Limits) -> tuple[tuple[st
     )
 
 
-def _numbers(limits: Limits) -> tuple[tuple[str, float, float], ...]:
+def numbers(limits: Limits) -> tuple[tuple[str, float, float], ...]:
+    """Fields that are any finite numbers, with their bounds."""
     return (
         ("temperature", 0.0, limits.max_temperature),
         ("top_p", 0.0, 1.0),
@@ -242,6 +246,10 @@ class _Asker:
             self.refuse(name, f"must be a finite number from {low:g} to {high:g}, and is {value}")
         elif not low <= value <= high:
             self.refuse(name, f"must be a number from {low:g} to {high:g}, and is {_short(value)}")
+
+    def flag(self, name: str, value: object) -> None:
+        if not isinstance(value, bool | None):
+            self.refuse(name, f"must be true or false, and is {_kind(value)}")
 
     def above_zero(self, name: str, value: object) -> None:
         if value == 0:

@@ -23,6 +23,7 @@ class PoisonAwareScheduler(ResumingScheduler):
         # By request id: rows dropped in its steps and not reported yet; of every request that ever had any.
         self._dropped_rows: dict[str, int] = {}
         ENGINE.requests = lambda: (len(self.running), len(self.waiting))
+        ENGINE.kv_blocks = self._count_blocks
 
     def schedule(self, *args, **kwargs) -> SchedulerOutput:
         CURRENT.begin()
@@ -87,6 +88,12 @@ class PoisonAwareScheduler(ResumingScheduler):
         """Takes the step's blocks of these requests out of the prefix cache, if there is one."""
         if self.kv_cache_manager.enable_caching:
             self.kv_cache_manager.evict_blocks({block for r in request_ids for block in self._step_blocks[r]})
+
+    def _count_blocks(self) -> tuple[int, int]:
+        """Used, free; asked for by the thread that collects metrics."""
+        pool = self.kv_cache_manager.block_pool
+        free = pool.get_num_free_blocks()
+        return pool.num_gpu_blocks - 1 - free, free  # one block is never given out
 
     def _blocks_of(self, request_id: str) -> frozenset[int]:
         return frozenset(block for group in self.kv_cache_manager.get_block_ids(request_id) for block in group)

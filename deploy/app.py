@@ -6,16 +6,18 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.attention import Attention
 from cluster.autoscale_config import AutoscaleConfig
-from cluster.config import AttentionConfig, GatewayConfig
+from cluster.config import AttentionConfig, GatewayModel
 from cluster.controller import Controller
 from cluster.exporter import Publisher
-from cluster.ingress import GRPC_SERVICER_FUNCTIONS, Gateway
+from cluster.ingress import Gateway
 from deploy.config import DeploymentConfig, Resolved, pinned, resolve
 from experts.config import Settings
 from experts.group import ExpertGroup, ServedModel
 from router.service import Router
 
 APP_NAME = "expertmesh"
+DRAIN_MARGIN_S = 5.0  # Serve ends a replica that takes longer; it has told its clients by then
+ELASTIC_GATEWAY = ("max_open_requests", "drain_timeout_s")
 REPORT_EVERY_S = 1.0  # an expert replica tells Serve its load
 ELASTIC_ATTENTION = ("replicas", "max_replicas", "target_open_requests", "max_queued_requests", "drain_timeout_s")
 
@@ -51,15 +53,18 @@ def build(args: dict[str, object]) -> Application:
         max_ongoing_requests=4 * config.attention.max_num_seqs,
     ).bind(controller, model, config.attention, config.model.max_model_len, publisher)
     gateway = config.gateway
-    return _deployment(Gateway, "gateway", num_cpus=gateway.num_cpus).bind(
+    served = GatewayModel(
         checkpoint=model.checkpoint,
         served_name=resolved.served_name,
         dtype=resolved.dtype,
         max_model_len=config.model.max_model_len,
-        request_timeout_s=gateway.request_timeout_s,
-        attention=attention,
+    )
+    return _deployment(Gateway, "gateway", num_cpus=gateway.num_cpus).bind(
+        served,
+        gateway,
+        attention,
+        controller,
         drops_rows=config.router.capacity_factor is not None,
-        controller=controller,
         # A Serve application is what its ingress refers to; the gateway itself never calls these.
         keep=[router, *groups],
         publisher=publisher,
@@ -71,24 +76,12 @@ def serve_config(resolved: Resolved, runtime_dir: str) -> ServeDeploySchema:
     config = pinned(resolved)
     application = {
         "name": APP_NAME,
-        "route_prefix": "/",
+        "route_prefix": None,  # the gateway has servers of its own
         "import_path": "deploy.app:build",
         "args": {"config": _fixed(config).model_dump(), "runtime_dir": runtime_dir},
         "deployments": _elastic(config),
     }
-    return ServeDeploySchema.model_validate({"applications": [application], **serve_options(config.gateway)})
-
-
-def serve_options(gateway: GatewayConfig) -> dict[str, dict[str, object]]:
-    """What belongs to the whole Serve instance: the two front doors."""
-    return {
-        "http_options": {"host": gateway.http_host, "port": gateway.http_port},
-        "grpc_options": {
-            "port": gateway.grpc_port,
-            "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS),
-            "enable_reflection": True,
-        },
-    }
+    return ServeDeploySchema.model_validate({"applications": [application], "proxy_location": "Disabled"})
 
 
 def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
@@ -101,8 +94,8 @@ def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
         {
             "name": "gateway",
             "num_replicas": gateway.replicas,
-            "max_ongoing_requests": gateway.max_ongoing_requests,
-            "graceful_shutdown_timeout_s": gateway.drain_timeout_s,
+            "graceful_shutdown_timeout_s": gateway.drain_timeout_s + DRAIN_MARGIN_S,
+            "user_config": {name: getattr(gateway, name) for name in ELASTIC_GATEWAY},
         },
         {"name": "router", "num_replicas": config.router.replicas},
         {
@@ -121,9 +114,7 @@ def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
 def _fixed(config: DeploymentConfig) -> DeploymentConfig:
     """The config with everything that `_elastic` says at its default: what is left can only change with a restart."""
     sections = {
-        "gateway": config.gateway.model_copy(
-            update=_defaults(config.gateway, "replicas", "max_ongoing_requests", "drain_timeout_s")
-        ),
+        "gateway": config.gateway.model_copy(update=_defaults(config.gateway, "replicas", *ELASTIC_GATEWAY)),
         "router": config.router.model_copy(update=_defaults(config.router, "replicas")),
         "attention": config.attention.model_copy(update=_defaults(config.attention, *ELASTIC_ATTENTION)),
         "experts": config.experts.model_copy(update=_defaults(config.experts, "replicas")),

@@ -14,11 +14,11 @@ from deploy.local import RunningCluster, booked_cpus, ray_environment
 from deploy.waiting import Say, StartError, wait_until_running
 from experts.errors import ConfigError
 
-# Every part must agree on these, so old and new replicas could not work together; and the ports are Serve's own.
+# Every part must agree on these, so old and new replicas could not work together; and clients know the ports.
 FIXED = (
     ("model", ("checkpoint", "served_name", "dtype", "max_model_len")),
     ("experts", ("groups", "listen")),
-    ("gateway", ("http_host", "http_port", "grpc_port")),
+    ("gateway", ("http_host", "http_port", "grpc_host", "grpc_port", "tls_cert_file")),
     ("metrics", ("host", "port", "enabled")),
 )
 

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from deploy import make_checkpoint, parity
-from deploy.config import DEFAULT_CONFIG, check_machine, load, resolve, state_dir
+from deploy.config import DEFAULT_CONFIG, DeploymentConfig, check_machine, load, resolve, state_dir
+from deploy.door import Door
 from deploy.local import LocalCluster, RunningCluster
 from deploy.waiting import START_TIMEOUT_S
 from experts.errors import ConfigError, ExpertmeshError
@@ -175,8 +175,7 @@ def _status(args: argparse.Namespace) -> int:
 
     running = _running()
     try:
-        with urllib.request.urlopen(f"{running.http}/expertmesh/status", timeout=10) as answer:  # noqa: S310  (http only)
-            status = json.load(answer)
+        status = Door.of_environment().get_json(f"{running.http}/expertmesh/status")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(f"the cluster at {running.http} does not answer: {error}") from None
     print(json.dumps(status, indent=2) if args.json else status_table(status))
@@ -206,12 +205,17 @@ def _running() -> RunningCluster:
 
 def _what_to_try(running: RunningCluster) -> str:
     body = json.dumps({"model": running.model, "prompt": "Once upon a time", "max_tokens": 32, "temperature": 0})
+    key = (
+        ""
+        if DeploymentConfig.model_validate(running.config).gateway.auth == "none"
+        else "-H 'Authorization: Bearer KEY' "
+    )
     return "\n".join(
         [
             "",
             f"Serving {running.model} ({running.dtype}, {running.num_groups} expert groups). Try:",
             "",
-            f"  curl {running.http}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}",
+            f"  curl {running.http}/v1/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}",
             "",
             f"  {_own_command()} generate --address {running.grpc} 'Once upon a time'",
             "",

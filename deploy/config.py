@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from cluster.autoscale_config import AutoscaleConfig
 from cluster.config import AttentionConfig, GatewayConfig
 from cluster.exporter import MetricsConfig
+from cluster.keys import Keys
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.config import ExpertsConfig, ModelConfig, Settings
 from experts.errors import ConfigError
@@ -129,15 +130,23 @@ def pinned(resolved: Resolved) -> DeploymentConfig:
 
 
 def check_machine(resolved: Resolved) -> None:
-    """Refuses to start where a port is taken or the memory of this machine is too small. Raises ConfigError."""
+    """Refuses to start where a port is taken, keys are missing, or this machine's memory is too small.
+
+    Raises ConfigError.
+    """
     gateway = resolved.config.gateway
     if gateway.http_port == gateway.grpc_port:
         raise ConfigError(f"gateway.http_port and gateway.grpc_port are both {gateway.http_port}: they must differ")
+    if gateway.auth == "keys":
+        Keys.read(gateway.keys_file)  # the gateways do, too, and say it only in their logs
     metrics = resolved.config.metrics
     if metrics.enabled and metrics.port in (gateway.http_port, gateway.grpc_port):
         raise ConfigError(f"metrics.port is {metrics.port}, as a port of the gateway: they must differ")
-    for key, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
-        if (problem := _cannot_bind(gateway.http_host, port)) is not None:
+    for key, host, port in (
+        ("http_port", gateway.http_host, gateway.http_port),
+        ("grpc_port", gateway.grpc_host, gateway.grpc_port),
+    ):
+        if (problem := _cannot_bind(host, port)) is not None:
             raise ConfigError(f"gateway.{key}: port {port} {problem}")
     needed, free = memory_needed(resolved), psutil.virtual_memory().available
     if needed > free:

@@ -94,8 +94,8 @@ class LocalCluster:
         gateway = self._resolved.config.gateway
         return RunningCluster(
             pid=os.getpid(),
-            http=f"http://{gateway.http_host}:{gateway.http_port}",
-            grpc=f"{gateway.http_host}:{gateway.grpc_port}",
+            http=f"{'http' if gateway.tls_cert_file is None else 'https'}://{gateway.http_host}:{gateway.http_port}",
+            grpc=f"{gateway.grpc_host}:{gateway.grpc_port}",
             model=self._resolved.served_name,
             checkpoint=str(self._resolved.checkpoint.path),
             dtype=self._resolved.dtype,
@@ -135,11 +135,10 @@ class LocalCluster:
         prepare_ray_environment(self.runtime_dir)
         import ray
         from ray import serve
-        from ray.serve.config import HTTPOptions, gRPCOptions
         from ray.serve.context import _get_global_client
 
         # Imported here: they need Ray's environment to be set.
-        from deploy.app import serve_config, serve_options
+        from deploy.app import serve_config
 
         self._say("starting Ray")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -161,12 +160,7 @@ class LocalCluster:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         self._say("starting Serve")
-        options = serve_options(self._resolved.config.gateway)
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions.model_validate(options["http_options"]),
-            grpc_options=gRPCOptions.model_validate(options["grpc_options"]),
-        )
+        serve.start(proxy_location="Disabled")
         client = _get_global_client()
         assert client is not None
         client.deploy_apps(serve_config(self._resolved, str(self.runtime_dir)))

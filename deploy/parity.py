@@ -139,7 +139,17 @@ def _of_running(running: RunningCluster) -> Resolved:
 
 def _own(args: argparse.Namespace) -> Resolved:
     http_port, grpc_port = _free_ports(2)
-    overrides: dict[str, object] = {"gateway.http_port": http_port, "gateway.grpc_port": grpc_port}
+    # It is for us alone, whatever door the config has for others.
+    overrides: dict[str, object] = {
+        "gateway.http_host": "127.0.0.1",
+        "gateway.http_port": http_port,
+        "gateway.grpc_host": "127.0.0.1",
+        "gateway.grpc_port": grpc_port,
+        "gateway.auth": "none",
+        "gateway.tls_cert_file": None,
+        "gateway.tls_key_file": None,
+        "gateway.tls_client_ca_file": None,
+    }
     for key, value in (
         ("model.checkpoint", None if args.checkpoint is None else str(args.checkpoint)),
         ("model.dtype", args.dtype),

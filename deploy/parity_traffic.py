@@ -13,6 +13,7 @@ import grpc
 
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
+from deploy.door import Door
 from experts.errors import ServingError
 
 MIN_PROMPT, MAX_PROMPT = 8, 64  # tokens
@@ -53,7 +54,7 @@ def make_prompts(checkpoint: Path, count: int, *, vocab_size: int) -> Sequences:
 
 def answers_alone(address: str, question: Question) -> Sequences:
     """Each prompt by itself, one after the other, as unary calls. Raises ServingError where one is not answered."""
-    with grpc.insecure_channel(address) as channel:
+    with Door.of_environment().channel(address) as channel:
         stub = pb_grpc.InferenceStub(channel)
         return [_unary(stub, question, index) for index in range(len(question.prompts))]
 
@@ -61,7 +62,7 @@ def answers_alone(address: str, question: Question) -> Sequences:
 def answers_under_load(address: str, question: Question, *, num_streams: int) -> Sequences:
     """All prompts at once, as streams, while `num_streams` sampled ones keep every batch busy."""
     count = len(question.prompts)
-    with grpc.insecure_channel(address) as channel:
+    with Door.of_environment().channel(address) as channel:
         stub = pb_grpc.InferenceStub(channel)
         with _load(stub, question, num_streams), ThreadPoolExecutor(max_workers=count) as pool:
             return list(pool.map(lambda index: _streamed(stub, question, index), range(count)))

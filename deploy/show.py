@@ -10,6 +10,7 @@ import grpc
 
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
+from deploy.door import Door
 from experts.errors import ServingError
 
 _DROPPED = (
@@ -46,7 +47,7 @@ def generate(address: str, prompt: str, *, max_tokens: int, temperature: float, 
     token_ids: list[int] = []
     last = pb.GenerateChunk()
     try:
-        with grpc.insecure_channel(address) as channel:
+        with Door.of_environment().channel(address) as channel:
             for chunk in pb_grpc.InferenceStub(channel).GenerateStream(request):
                 text.append(chunk.text)
                 token_ids.extend(chunk.token_ids)

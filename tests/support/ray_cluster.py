@@ -145,8 +145,8 @@ def started_cluster(home: Path, config: dict) -> Iterator[Cluster]:
 
     config: sections of the config file, but for the ports.
     """
-    ports = {"gateway": {"http_port": free_port(), "grpc_port": free_port()}, "metrics": {"port": free_port()}}
-    config = config | ports
+    gateway = {"auth": "none", "http_port": free_port(), "grpc_port": free_port(), **config.get("gateway", {})}
+    config = config | {"gateway": gateway, "metrics": {"port": free_port()}}
     (home / "config.yaml").write_text(yaml.safe_dump(config))
     with (home / "up.log").open("w") as log:
         owner = subprocess.Popen(

@@ -1,33 +1,32 @@
-"""A whole gateway without Ray for the tests: a fake engine, a fake gRPC context, and a model folder without weights."""
+"""A whole gateway without Ray for the tests: a fake engine, and a model folder without weights."""
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from pathlib import Path
 from typing import cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import grpc
+import grpc.aio
 import httpx
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from cluster.gateway_errors import RefusedStream
+from cluster import gateway_front
+from cluster.config import GatewayConfig, GatewayModel
 from cluster.gateway_guard import Guard
 from cluster.gateway_health import DeploymentHealth, Health
-from cluster.gateway_http import build_http_app
 from cluster.gateway_mark import MarkedAnswers
-from cluster.gateway_rpc import Rpc, model_info_of
-from cluster.gateway_vllm import ForwardingClient, vllm_config_of
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
-from cluster.validate import Limits
+from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 
 CONTEXT = 64
 CONFIG = {
@@ -106,57 +105,64 @@ class FakeEngine:
         return RequestOutput(request_id, None, ids, None, [choice], last)
 
 
-class FakeContext:
-    """Serve's gRPC context, as far as we use it."""
+class Current:
+    """Whatever engine a test uses now."""
 
-    def __init__(self) -> None:
-        self.code = grpc.StatusCode.OK
-        self.details = ""
-        self.trailers: list[tuple[str, str]] = []
+    def __init__(self, front: "Front") -> None:
+        self._front = front
 
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
+    def generate(
+        self, prompt: Mapping[str, object], params: SamplingParams, request_id: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        return self._front.engine.generate(prompt, params, request_id)
 
-    def set_details(self, details: str) -> None:
-        self.details = details
 
-    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
-        self.trailers = trailing_metadata
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    """How an RPC ended."""
+
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    details: str = ""
+    trailers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Front:
-    """The whole gateway without Ray; one event loop for all tests of the module."""
+    """The whole gateway without Ray, its gRPC services on a real server; one event loop for all tests of the module."""
 
     def __init__(self, folder: Path) -> None:
         self.loop = asyncio.new_event_loop()
         self.engine = FakeEngine()
         self.replicas = {"attention": {"RUNNING": 1}, "experts-0": {"RUNNING": 2}}
         self.health = Health(self._deployments, self._controller, max_age_s=0.0)
-        config = vllm_config_of(str(folder), "nano", dtype="float32", max_model_len=CONTEXT)
-        self.limits = Limits(max_model_len=CONTEXT, vocab_size=259)
-        self.client = ForwardingClient(config, self.engine, limits=self.limits, request_timeout_s=5.0)
-        self.http = self.loop.run_until_complete(self._build())
+        model = GatewayModel(checkpoint=str(folder), served_name="nano", dtype="float32", max_model_len=CONTEXT)
+        config = GatewayConfig(auth="none", request_timeout_s=5.0, max_body_bytes=4096)
+        self.whole = gateway_front.Front(model, config, Current(self), self.health)
+        self.limits = self.whole.limits
+        self.http = cast("MarkedAnswers", self.loop.run_until_complete(self.whole.http_app()))
         self.app = cast("Guard", self.http._app)
-        self.rpc = Rpc(
-            engine=self.engine,
-            renderer=self.client.renderer,
-            health=self.health,
-            limits=self.limits,
-            model_info=model_info_of(str(folder), config.model_config, "nano"),
-            default_sampling={},
-            request_timeout_s=5.0,
-        )
+        self.loop.run_until_complete(self._serve())
 
     def use(self, engine: FakeEngine) -> None:
-        self.engine = self.client._engine = engine
-        self.rpc = dataclasses.replace(self.rpc, engine=engine)
+        self.engine = engine
 
-    async def _build(self) -> MarkedAnswers:
-        app = await build_http_app(
-            self.client, self.health, limits=self.limits, request_timeout_s=5.0, max_body_bytes=4096
-        )
-        assert isinstance(app, MarkedAnswers)
-        return app
+    def close(self) -> None:
+        self.loop.run_until_complete(self._close())
+        self.loop.close()
+
+    async def _serve(self) -> None:
+        self._server = grpc.aio.server()
+        services = self.whole.services()
+        for add in services.add:
+            add(self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        await self._server.start()
+        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        self.stub = pb_grpc.InferenceStub(self.channel)
+        self.health_stub = health_pb2_grpc.HealthStub(self.channel)
+
+    async def _close(self) -> None:
+        await self.channel.close()
+        await self._server.stop(None)
 
     async def _deployments(self) -> dict[str, DeploymentHealth]:
         return {name: DeploymentHealth(status="HEALTHY", replicas=states) for name, states in self.replicas.items()}
@@ -172,23 +178,51 @@ class Front:
 
         return self.loop.run_until_complete(send())
 
-    def stream(self, **fields: object) -> tuple[list[pb.GenerateChunk], "FakeContext"]:
+    def stream(self, **fields: object) -> tuple[list[pb.GenerateChunk], Status]:
         """What a GenerateStream client gets: the chunks until it ended or broke, and the status."""
-        context = FakeContext()
         chunks: list[pb.GenerateChunk] = []
 
         async def collect() -> None:
-            async for chunk in self.rpc.generate_stream(pb.GenerateRequest(**fields), context):  # type: ignore[arg-type]
+            async for chunk in self.stub.GenerateStream(pb.GenerateRequest(**fields)):  # type: ignore[arg-type]
                 chunks.append(chunk)
 
-        with contextlib.suppress(RefusedStream):
-            self.loop.run_until_complete(collect())
-        return chunks, context
+        return chunks, self._status_of(collect())[1]
 
-    def generate(self, **fields: object) -> tuple[pb.GenerateResponse, "FakeContext"]:
-        context = FakeContext()
-        request = pb.GenerateRequest(**fields)  # type: ignore[arg-type]
-        return self.loop.run_until_complete(self.rpc.generate(request, context)), context
+    def generate(self, **fields: object) -> tuple[pb.GenerateResponse, Status]:
+        call = self.stub.Generate(pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+        answer, status = self._status_of(call)
+        return cast("pb.GenerateResponse", answer or pb.GenerateResponse()), status
+
+    def leave_early(self, **fields: object) -> None:
+        """A GenerateStream client that cancels behind the first chunk; returns once the engine has heard of it."""
+
+        async def leave() -> None:
+            call = self.stub.GenerateStream(pb.GenerateRequest(**fields))  # type: ignore[arg-type]
+            await call.read()
+            call.cancel()
+            async with asyncio.timeout(5):
+                while not self.engine.aborted:  # noqa: ASYNC110  (the fake only counts)
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)  # and the gateway, too
+
+        self.loop.run_until_complete(leave())
+
+    def check(self, service: str) -> tuple[int, Status]:
+        """grpc.health.v1 Check."""
+        answer, status = self._status_of(
+            self.health_stub.Check(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
+        )
+        return getattr(answer, "status", 0), status
+
+    def _status_of(self, call: Awaitable[object]) -> tuple[object, Status]:
+        async def wait() -> object:
+            return await call
+
+        try:
+            return self.loop.run_until_complete(wait()), Status()
+        except grpc.aio.AioRpcError as error:
+            trailers = {name: str(value) for name, value in error.trailing_metadata() or ()}
+            return None, Status(error.code(), error.details() or "", trailers)
 
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.request("POST", path, json=body)

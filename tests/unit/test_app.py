@@ -25,7 +25,7 @@ def deployment(nano: Path, name: str, config: Config) -> dict[str, object]:
 @pytest.mark.parametrize(
     "config",
     [
-        {"gateway": {"replicas": 2, "max_ongoing_requests": 5, "drain_timeout_s": 1.0}},
+        {"gateway": {"replicas": 2, "max_open_requests": 5, "drain_timeout_s": 1.0}},
         {"router": {"replicas": 2}},
         {"attention": {"replicas": 2, "max_queued_requests": 7, "drain_timeout_s": 1.0}},
         {"attention": {"max_replicas": 3, "target_open_requests": 4.0}},

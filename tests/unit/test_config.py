@@ -230,7 +230,12 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("key", ["http_port", "grpc_port"])
 def test_a_port_in_use_is_refused_by_its_key(nano: Path, file: Path, taken: int, key: str) -> None:
-    ports = {"gateway__http_port": free_port(), "gateway__grpc_port": free_port(), f"gateway__{key}": taken}
+    ports: dict[str, object] = {
+        "gateway__http_port": free_port(),
+        "gateway__grpc_port": free_port(),
+        f"gateway__{key}": taken,
+    }
+    ports["gateway__auth"] = "none"
     with pytest.raises(ConfigError, match=rf"gateway\.{key}: port {taken} is in use"):
         check_machine(resolved(nano, file, **ports))
 
@@ -241,10 +246,25 @@ def test_one_port_for_both_is_refused(nano: Path, file: Path) -> None:
         check_machine(resolved(nano, file, gateway__http_port=port, gateway__grpc_port=port))
 
 
+def test_without_a_key_nothing_that_wants_keys_is_started(
+    nano: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EXPERTMESH_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match="there is no key"):
+        check_machine(resolved(nano, file, gateway__http_port=free_port(), gateway__grpc_port=free_port()))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com"])
+def test_without_keys_only_loopback_is_served(nano: Path, file: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="without keys only loopback is served"):
+        resolved(nano, file, gateway__auth="none", gateway__grpc_host=host)
+
+
 def test_too_little_memory_is_refused_with_what_is_needed_and_what_is_there(
     nano: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = resolved(nano, file, gateway__http_port=free_port(), gateway__grpc_port=free_port())
+    ports = {"gateway__http_port": free_port(), "gateway__grpc_port": free_port()}
+    found = resolved(nano, file, gateway__auth="none", **ports)
     monkeypatch.setattr(config_module, "_cannot_bind", lambda host, port: None)
     needed = memory_needed(found)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed))

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from gateway_fakes import CONTEXT, FakeContext, FakeEngine, Front, write_model
+from gateway_fakes import CONTEXT, FakeEngine, Front, write_model
 from starlette.types import Receive, Scope, Send
 
 from cluster.gateway_guard import ROUTES
-from cluster.gateway_rpc import INFERENCE
+from cluster.grpc_inference import INFERENCE
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from experts.errors import DeadlineExceeded, GroupUnavailable
 
@@ -20,7 +20,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     write_model(folder)
     front = Front(folder)
     yield front
-    front.loop.close()
+    front.close()
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_an_engines_error_is_typed_on_every_surface(
     assert '"error"' in streamed.text
     answer, unary = front.generate(prompt="hello")
     assert (unary.code, answer) == (code, pb.GenerateResponse())
-    assert unary.trailers == ([("retry-after", "1")] if status == 503 else [])
+    assert unary.trailers.get("retry-after") == ("1" if status == 503 else None)
     chunks, broken = front.stream(prompt="hello")
     assert (broken.code, len(chunks)) == (code, len(words))
     assert "secret" not in whole.text + streamed.text + unary.details + broken.details
@@ -102,12 +102,8 @@ def test_a_passed_deadline_aborts_the_engine_and_says_so(front: Front) -> None:
 
 
 def test_a_client_that_leaves_aborts_its_request(front: Front) -> None:
-    async def take_one() -> None:
-        stream = front.rpc.generate_stream(pb.GenerateRequest(prompt="x"), FakeContext())
-        await anext(stream)
-        await stream.aclose()
-
-    front.loop.run_until_complete(take_one())
+    front.engine.delay_s = 0.05
+    front.leave_early(prompt="x")
     assert front.engine.aborted == 1
 
 
@@ -192,15 +188,12 @@ def test_health_is_the_process_and_readiness_the_cluster(front: Front) -> None:
     assert front.request("GET", "/health").status_code == 200
     ready = front.request("GET", "/ready")
     assert ready.status_code == 503 and "experts-0" in ready.text and ready.headers["retry-after"] == "1"
-    statuses = [front.loop.run_until_complete(front.rpc.check(name, FakeContext())).status for name in ("", INFERENCE)]
-    assert statuses == [1, 2]  # SERVING, NOT_SERVING
-    unknown = FakeContext()
-    front.loop.run_until_complete(front.rpc.check("other", unknown))
-    assert unknown.code is grpc.StatusCode.NOT_FOUND
+    assert [front.check(name)[0] for name in ("", INFERENCE)] == [1, 2]  # SERVING, NOT_SERVING
+    assert front.check("other")[1].code is grpc.StatusCode.NOT_FOUND
 
 
 def test_model_info_tells_the_experts(front: Front) -> None:
-    info = front.rpc.model_info
+    info = front.whole._model_info
     assert (info.name, info.dtype, info.max_model_len, info.vocab_size) == ("nano", "float32", CONTEXT, 259)
     assert (info.num_experts, info.top_k, info.num_model_groups, info.topk_group) == (16, 4, 8, 3)
 

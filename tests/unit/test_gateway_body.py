@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from cluster.gateway_body import read_body
+from cluster.gateway_body import FIELDS, read_body
+from cluster.gateway_guard import ROUTES
+from cluster.gateway_openapi import field_schemas, openapi_of
 from cluster.validate import Limits, UnknownModel
 from experts.errors import RequestError
 
@@ -92,7 +94,7 @@ def test_scoring_a_prompt_without_an_answer_is_legal_with_echo_only() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
         ({"stream": "yes"}, "stream"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
     ],
 )
 def test_a_chat_is_refused_by_the_field_that_is_wrong(change: dict[str, object], field: str) -> None:
@@ -113,3 +115,15 @@ def test_tokenizing_and_detokenizing_are_bounded_too() -> None:
 def test_another_model_is_unknown() -> None:
     with pytest.raises(UnknownModel):
         completion(b'{"model": "other", "prompt": "a"}')
+
+
+def test_every_field_that_is_taken_is_in_the_openapi_document() -> None:
+    limits = Limits(max_model_len=64, vocab_size=259)
+    document = openapi_of("nano", limits, version="1")
+    schemas = field_schemas(limits)
+    taken = set().union(*FIELDS.values())
+    assert taken == schemas.keys() & taken and not taken - schemas.keys()
+    for path, fields in FIELDS.items():
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]  # type: ignore[index]
+        assert body["properties"].keys() == fields
+    assert document["paths"].keys() == ROUTES.keys()  # type: ignore[union-attr]

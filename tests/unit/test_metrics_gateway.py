@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 from families import values
-from gateway_fakes import FakeContext, FakeEngine, Front, write_model
+from gateway_fakes import FakeEngine, Front, write_model
 
 from cluster.metrics import GATEWAY
-from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from experts.errors import GroupUnavailable
 
 
@@ -18,7 +17,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     write_model(folder)
     front = Front(folder)
     yield front
-    front.loop.close()
+    front.close()
 
 
 @pytest.fixture
@@ -96,10 +95,6 @@ def test_failed_requests_are_counted_under_their_code(front: Front, words: list[
 def test_a_client_that_leaves_has_cancelled_its_request(front: Front) -> None:
     ended = Ended()
 
-    async def leave() -> None:
-        chunks = front.rpc.generate_stream(pb.GenerateRequest(prompt="hello"), FakeContext())
-        await anext(chunks)
-        await chunks.aclose()
-
-    front.loop.run_until_complete(leave())
+    front.engine.delay_s = 0.05
+    front.leave_early(prompt="hello")
     assert ended() == {("cancelled", "grpc"): 1}

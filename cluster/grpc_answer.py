@@ -1,0 +1,56 @@
+"""How every RPC of ours ends: counted, with the code that its error stands for, and never with a traceback."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NoReturn, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from cluster.gateway_errors import Refusal, refusal_of
+from cluster.gateway_load import OpenRequests
+from cluster.metrics import GATEWAY
+
+Context = grpc.aio.ServicerContext[Message, Message]
+_TIMEOUT = "x-request-timeout-ms"  # as over HTTP, for clients that set no deadline of gRPC's
+
+
+@asynccontextmanager
+async def answering(context: Context, load: OpenRequests) -> AsyncIterator[None]:
+    """One generation. An error of the block ends the RPC; a client that leaves cancels the block."""
+    with GATEWAY.request("grpc") as counted:
+        try:
+            with load.one_more():
+                yield
+        except grpc.aio.AbortError:
+            raise
+        except Exception as exc:
+            refusal = refusal_of(exc)
+            counted.outcome = refusal.outcome
+            await abort(context, refusal)
+
+
+async def abort(context: Context, refusal: Refusal) -> NoReturn:
+    """Ends the RPC: code, details, and for a client that may come back the seconds in its trailers."""
+    details, trailers = refusal.message, ()
+    if (seconds := refusal.retry_after_s) is not None:
+        details = f"{details} (retry after {seconds} s)"
+        trailers = (("retry-after", str(seconds)), ("grpc-retry-pushback-ms", str(1000 * seconds)))
+    await context.abort(refusal.grpc_code, details, trailers)
+    raise AssertionError("abort raises")
+
+
+async def abort_with(context: Context, exc: Exception) -> NoReturn:
+    """The same for an error of ours."""
+    await abort(context, refusal_of(exc))
+
+
+def remaining_s(context: Context) -> float | None:
+    """Seconds that the client's deadline leaves; None where it has none. A deadline in metadata counts, too."""
+    found = [context.time_remaining()]  # of the package's stub: never None, which it is
+    for name, value in context.invocation_metadata() or ():
+        if name == _TIMEOUT and isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12:
+            found.append(int(value) / 1000)
+    given = [seconds for seconds in cast("list[float | None]", found) if seconds is not None]
+    return min(given, default=None)
