@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -186,11 +186,10 @@ class Front:
             async for chunk in self.stub.GenerateStream(pb.GenerateRequest(**fields)):  # type: ignore[arg-type]
                 chunks.append(chunk)
 
-        return chunks, self._status_of(collect())[1]
+        return chunks, self._status_of(lambda _: collect(), None)[1]
 
     def generate(self, **fields: object) -> tuple[pb.GenerateResponse, Status]:
-        call = self.stub.Generate(pb.GenerateRequest(**fields))  # type: ignore[arg-type]
-        answer, status = self._status_of(call)
+        answer, status = self._status_of(self.stub.Generate, pb.GenerateRequest(**fields))  # type: ignore[arg-type]
         return cast("pb.GenerateResponse", answer or pb.GenerateResponse()), status
 
     def leave_early(self, **fields: object) -> None:
@@ -209,14 +208,13 @@ class Front:
 
     def check(self, service: str) -> tuple[int, Status]:
         """grpc.health.v1 Check."""
-        answer, status = self._status_of(
-            self.health_stub.Check(health_pb2.HealthCheckRequest(service=service))  # type: ignore[attr-defined]
-        )
+        check = self.health_stub.Check  # type: ignore[attr-defined]
+        answer, status = self._status_of(check, health_pb2.HealthCheckRequest(service=service))
         return getattr(answer, "status", 0), status
 
-    def _status_of(self, call: Awaitable[object]) -> tuple[object, Status]:
+    def _status_of(self, rpc: Callable[..., Awaitable[object]], request: object) -> tuple[object, Status]:
         async def wait() -> object:
-            return await call
+            return await rpc(request)  # called here: a call belongs to the loop on which it is made
 
         try:
             return self.loop.run_until_complete(wait()), Status()

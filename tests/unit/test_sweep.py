@@ -37,7 +37,7 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     config = GatewayConfig(http_port=free_port(), grpc_port=free_port())
     servers = gateway_servers.Doors(config, Keys([KEY]))
     front.loop.run_until_complete(servers.open(front.http, front.whole.services()))
-    thread = Thread(target=front.loop.run_forever)
+    thread = Thread(target=front.loop.run_forever, daemon=True)
     thread.start()
     at = "127.0.0.1"
     yield Doors(http=f"{at}:{config.http_port}", grpc=f"{at}:{config.grpc_port}", model="nano", key=KEY)
