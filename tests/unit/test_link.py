@@ -283,11 +283,11 @@ def test_a_loop_that_dies_of_a_bug_resets_its_links_at_once(tmp_path: Path) -> N
 
 def test_posting_to_a_loop_that_is_stuck_or_stopped_never_blocks(echo: Echo) -> None:
     done: list[int] = []
-    echo.post(lambda: time.sleep(0.3))
+    echo.post(lambda: time.sleep(1.0))
     began_s = time.monotonic()
     for index in range(5000):
         echo.post(lambda index=index: done.append(index))
-    assert time.monotonic() - began_s < 0.3 or len(done) == 5000
+    assert time.monotonic() - began_s < 1.0 or len(done) == 5000
     wait_for(lambda: len(done) == 5000)
     assert done == sorted(done)
     echo.stop()
