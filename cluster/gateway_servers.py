@@ -140,7 +140,7 @@ class Doors:
     def _uvicorn_config(self, app: ASGIApp) -> uvicorn.Config:
         return uvicorn.Config(
             app,
-            http="h11",  # the strict parser: a request that can be read in two ways is refused
+            http="h11",  # the stricter parser; KeyedApp refuses what it lets pass all the same
             ws="none",
             lifespan="off",
             log_config=None,
