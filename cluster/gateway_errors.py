@@ -3,6 +3,7 @@
 Whatever is not on the table is our own fault: the client gets an id and nothing else, the log gets the traceback.
 """
 
+import json
 import logging
 import uuid
 from dataclasses import dataclass
@@ -64,14 +65,21 @@ class Refusal:
         return self.code or "refused"  # by a rule of vLLM's server that is not on our table
 
     @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Of the HTTP answer, but for its length."""
-        headers = [(b"content-type", b"application/json")]
+    def sentence(self) -> str:
+        """The message with the seconds to wait, for where an answer has no header that could carry them."""
+        return self.message if self.retry_after_s is None else f"{self.message} (retry after {self.retry_after_s} s)"
+
+    @property
+    def http_answer(self) -> tuple[dict[str, object], dict[str, object]]:
+        """The whole HTTP answer, as the two messages of ASGI."""
+        body = json.dumps(self.body).encode()
+        headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
         if self.http_status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        return headers
+        start: dict[str, object] = {"type": "http.response.start", "status": self.http_status, "headers": headers}
+        return start, {"type": "http.response.body", "body": body}
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:

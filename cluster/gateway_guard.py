@@ -221,10 +221,8 @@ class _Answer:
         if self._begun:
             await self._pass({"type": "http.response.body", "body": _event(refusal)})
             return
-        body = json.dumps(refusal.body).encode()
-        headers = [(b"content-length", str(len(body)).encode()), *refusal.headers]
-        await self._pass({"type": "http.response.start", "status": refusal.http_status, "headers": headers})
-        await self._pass({"type": "http.response.body", "body": body})
+        for message in refusal.http_answer:
+            await self._pass(message)
 
     async def _collect_error(self, message: Message, body: bytearray) -> None:
         assert self._held is not None

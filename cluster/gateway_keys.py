@@ -1,6 +1,5 @@
 """Keys at both doors: an ASGI layer and a gRPC interceptor. Whatever is not health is refused without a key."""
 
-import json
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -79,11 +78,8 @@ async def _refuse(exc: RequestError, scope: Scope, send: Send) -> None:
     if scope["type"] != "http":  # a websocket: refused before it is one
         await send({"type": "websocket.close", "code": 1008})
         return
-    refusal = refusal_of(exc)
-    body = json.dumps(refusal.body).encode()
-    headers = [(b"content-length", str(len(body)).encode()), *refusal.headers]
-    await send({"type": "http.response.start", "status": refusal.http_status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    for message in refusal_of(exc).http_answer:
+        await send(message)
 
 
 def _refusing(exc: Unauthenticated) -> grpc.RpcMethodHandler:

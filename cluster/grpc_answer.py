@@ -33,11 +33,10 @@ async def answering(context: Context, load: OpenRequests) -> AsyncIterator[None]
 
 async def abort(context: Context, refusal: Refusal) -> NoReturn:
     """Ends the RPC: code, details, and for a client that may come back the seconds in its trailers."""
-    details, trailers = refusal.message, ()
+    trailers = ()
     if (seconds := refusal.retry_after_s) is not None:
-        details = f"{details} (retry after {seconds} s)"
         trailers = (("retry-after", str(seconds)), ("grpc-retry-pushback-ms", str(1000 * seconds)))
-    await context.abort(refusal.grpc_code, details, trailers)
+    await context.abort(refusal.grpc_code, refusal.sentence, trailers)
     raise AssertionError("abort raises")
 
 

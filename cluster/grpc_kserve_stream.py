@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.gateway_errors import Refusal, refusal_of
 from cluster.grpc_answer import Context, abort
+from cluster.grpc_wire import WRITE_TIMEOUT_S
 from cluster.kserve_tensors import InferRequest
 from cluster.metrics import GATEWAY
 from experts.errors import DeadlineExceeded, RequestError
 
 MAX_OPEN = 64  # requests of one stream; the next ones are left in the connection until one of these has ended
-WRITE_TIMEOUT_S = 30.0  # for one message; whoever reads more slowly has gone away
 
 
 class StreamFailed(Exception):
@@ -81,7 +81,7 @@ class InferStream:
                 counted.outcome = refusal.outcome
                 if self._ends_on_error:
                     raise StreamFailed(refusal) from None
-                await self._write(self._error(request, _sentence(refusal)))
+                await self._write(self._error(request, refusal.sentence))
 
     async def _write(self, message: Message) -> None:
         try:
@@ -104,9 +104,3 @@ def _look_at(written: asyncio.Future[None]) -> None:
     """Takes note of a failure that nobody waits for any more, or asyncio would log it."""
     if not written.cancelled():
         written.exception()
-
-
-def _sentence(refusal: Refusal) -> str:
-    """An error message has no trailers, so the seconds to wait are part of it."""
-    seconds = refusal.retry_after_s
-    return refusal.message if seconds is None else f"{refusal.message} (retry after {seconds} s)"
