@@ -78,7 +78,6 @@ class Front:
         kserve = KServe(
             **common,
             health=self._health,
-            is_draining=self._health.is_draining,
             model=ServedModel(
                 name=self.generations.served_name,
                 max_model_len=self.limits.max_model_len,
@@ -88,7 +87,6 @@ class Front:
         engine = VllmEngine(
             **common,
             health=self._health,
-            is_draining=self._health.is_draining,
             checkpoint=self._checkpoint,
             model=model,
         )

@@ -70,13 +70,12 @@ def _not_offered(what: str) -> Callable[..., Awaitable[Message]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KServe(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """One object per gateway replica. is_draining: this gateway is about to go."""
+    """One object per gateway replica."""
 
     generations: Generations
     health: Health
     load: OpenRequests
     model: ServedModel
-    is_draining: Callable[[], bool]
     statistics: Statistics = field(default_factory=Statistics)
 
     async def ServerLive(self, request: Message, context: Context) -> Message:
@@ -157,7 +156,7 @@ class KServe(service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncGenerator[Message, None]:
         """One request's ModelInferResponse messages. Raises RequestError and ServingError."""
         with self.statistics.inference() as watch:
-            if self.is_draining():
+            if self.health.is_draining():
                 raise ServingError("this gateway is shutting down; open a new connection")
             self._check_served(request.model_name, request.model_version)
             asked = read_request(request, self.generations.limits)
@@ -195,7 +194,7 @@ class KServe(service_pb2_grpc.GRPCInferenceServiceServicer):
         return answer
 
     async def _is_ready(self) -> bool:
-        return not self.is_draining() and await serving_status(self.health) == "SERVING"
+        return await serving_status(self.health) == "SERVING"
 
     def _check_served(self, name: str, version: str) -> None:
         check_model(name, self.model.name)

@@ -108,7 +108,7 @@ class OpenById:
 class VllmEngine(pb_grpc.VllmEngineServicer):
     """One object per gateway replica.
 
-    checkpoint: folder with config.json and the tokenizer's files. is_draining: this gateway is about to go.
+    checkpoint: folder with config.json and the tokenizer's files.
     """
 
     generations: Generations
@@ -116,7 +116,6 @@ class VllmEngine(pb_grpc.VllmEngineServicer):
     load: OpenRequests
     checkpoint: str
     model: ModelConfig
-    is_draining: Callable[[], bool] = lambda: False
     open_by_id: OpenById = field(default_factory=OpenById, init=False)
     started_s: float = field(default_factory=time.monotonic, init=False)
 
@@ -144,7 +143,7 @@ class VllmEngine(pb_grpc.VllmEngineServicer):
         return pb.AbortResponse()
 
     async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
-        if self.is_draining():
+        if self.health.is_draining():
             return pb.HealthCheckResponse(healthy=False, message="this gateway is about to go; ask another one")
         try:
             missing = await self.health.missing()

@@ -146,10 +146,9 @@ async def served(renderer: BaseRenderer) -> AsyncIterator[Served]:
     )
     service = KServe(
         generations=generations,
-        health=Health(deployments, max_age_s=0.0),
+        health=Health(deployments, is_draining=lambda: bool(drains), max_age_s=0.0),
         load=OpenRequests(100),
         model=ServedModel(name="nano", max_model_len=CONTEXT, server_version="1.2"),
-        is_draining=lambda: bool(drains),
     )
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 20)])
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)

@@ -162,11 +162,10 @@ async def serving(model: Model) -> AsyncIterator[Served]:
             default_sampling={"temperature": 0.25, "top_k": 3, "max_new_tokens": 8},
             request_timeout_s=5.0,
         ),
-        health=Health(deployments, max_age_s=0.0),
+        health=Health(deployments, is_draining=lambda: draining[0], max_age_s=0.0),
         load=load,
         checkpoint=str(model.folder),
         model=model.config.model_config,
-        is_draining=lambda: draining[0],
     )
     server = grpc.aio.server()
     pb_grpc.add_VllmEngineServicer_to_server(service, server)
