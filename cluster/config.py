@@ -22,6 +22,7 @@ class AttentionConfig(Settings):
     drain_timeout_s: float = Field(default=600.0, ge=0)  # a replica that is to go may finish its streams for so long
     num_cpus: float = Field(default=0.1, ge=0)
     num_gpus: float = Field(default=0, ge=0)
+    max_replicas_per_node: int | None = Field(default=None, ge=1)  # None: as many as there is room for
 
     @property
     def most_replicas(self) -> int:
@@ -45,6 +46,7 @@ class GatewayConfig(Settings):
     max_body_bytes: int = Field(default=4 << 20, ge=1 << 10, le=1 << 30)  # of an HTTP body, or a gRPC message
     drain_timeout_s: float = Field(default=600.0, ge=0)
     num_cpus: float = Field(default=0.1, ge=0)
+    max_replicas_per_node: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _is_open_to_nobody(self) -> Self:

@@ -1,21 +1,27 @@
 """The one Serve application, built from a config, for `serve deploy`, RayService and `expertmesh up` alike."""
 
+from typing import TypeVar
+
 from ray import serve
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.attention import Attention
 from cluster.autoscale_config import AutoscaleConfig
-from cluster.config import AttentionConfig, GatewayModel
+from cluster.config import AttentionConfig, GatewayConfig, GatewayModel
 from cluster.controller import Controller
 from cluster.exporter import Publisher
 from cluster.ingress import Gateway
-from deploy.config import DeploymentConfig, Resolved, pinned, resolve
-from experts.config import Settings
+from deploy.config import DeploymentConfig, PlacementConfig, Resolved, pinned, resolve
+from experts.config import ExpertsConfig, Settings
 from experts.group import ExpertGroup, ServedModel
+from router.config import RouterConfig
 from router.service import Router
 
+_Section = TypeVar("_Section", bound=Settings)
+
 APP_NAME = "expertmesh"
+CONTROLLER_CPUS = 0.1
 DRAIN_MARGIN_S = 5.0  # Serve ends a replica that takes longer; it has told its clients by then
 ELASTIC_GATEWAY = ("max_open_requests", "drain_timeout_s")
 REPORT_EVERY_S = 1.0  # an expert replica tells Serve its load
@@ -25,7 +31,7 @@ ELASTIC_ATTENTION = ("replicas", "max_replicas", "target_open_requests", "max_qu
 def build(args: dict[str, object]) -> Application:
     """The application, with a replica of each deployment; how many there shall be is said beside it (`_elastic`).
 
-    args: `config` (a DeploymentConfig as a dict, its checkpoint a folder) and `runtime_dir`.
+    args: `config` (a DeploymentConfig as a dict), `runtime_dir`, and perhaps `secret_file`.
     """
     config = DeploymentConfig.model_validate(args["config"])
     resolved = resolve(config)
@@ -35,10 +41,11 @@ def build(args: dict[str, object]) -> Application:
         num_groups=config.experts.groups,
         max_rows=config.max_rows,
         runtime_dir=str(args["runtime_dir"]),
+        secret_path=None if args.get("secret_file") is None else str(args["secret_file"]),
     )
     publisher = Publisher.of(config.metrics, model.runtime_dir)
     # Never two at a time: each would know half of the members.
-    controller = _deployment(Controller, "controller", num_cpus=0.1, max_surge_percent=0).bind(
+    controller = _deployment(Controller, "controller", num_cpus=CONTROLLER_CPUS, max_surge_percent=0).bind(
         num_groups=model.num_groups, lease_s=config.experts.lease_s, publisher=publisher
     )
     groups = [_expert_group(controller, model, config, group, publisher) for group in range(model.num_groups)]
@@ -72,13 +79,25 @@ def build(args: dict[str, object]) -> Application:
 
 
 def serve_config(resolved: Resolved, runtime_dir: str) -> ServeDeploySchema:
-    """The declarative form of the application, as `serve deploy` and RayService take it."""
-    config = pinned(resolved)
+    """The declarative form of the application, for a cluster of this machine."""
+    return serve_config_of(pinned(resolved), runtime_dir=runtime_dir)
+
+
+def serve_config_of(config: DeploymentConfig, *, runtime_dir: str, secret_file: str | None = None) -> ServeDeploySchema:
+    """The declarative form of the application, as `serve deploy` and RayService take it.
+
+    The checkpoint is opened where the application is built, so its folder need not be on this machine.
+    runtime_dir: a folder that every node has, for Unix sockets. secret_file: on every node, the same bytes; None:
+    `secret` in runtime_dir.
+    """
+    args: dict[str, object] = {"config": _fixed(config).model_dump(), "runtime_dir": runtime_dir}
+    if secret_file is not None:
+        args["secret_file"] = secret_file
     application = {
         "name": APP_NAME,
         "route_prefix": None,  # the gateway has servers of its own
         "import_path": "deploy.app:build",
-        "args": {"config": _fixed(config).model_dump(), "runtime_dir": runtime_dir},
+        "args": args,
         "deployments": _elastic(config),
     }
     return ServeDeploySchema.model_validate({"applications": [application], "proxy_location": "Disabled"})
@@ -91,21 +110,32 @@ def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
     """
     gateway, attention = config.gateway, config.attention
     return [
+        {"name": "controller", "ray_actor_options": _booked(CONTROLLER_CPUS, config.placement.controller)},
         {
             "name": "gateway",
+            **_where(gateway, config.placement.gateway),
             "num_replicas": gateway.replicas,
             "graceful_shutdown_timeout_s": gateway.drain_timeout_s + DRAIN_MARGIN_S,
             "user_config": {name: getattr(gateway, name) for name in ELASTIC_GATEWAY},
         },
-        {"name": "router", "num_replicas": config.router.replicas},
+        {
+            "name": "router",
+            **_where(config.router, config.placement.router),
+            "num_replicas": config.router.replicas,
+        },
         {
             "name": "attention",
+            **_where(attention, config.placement.attention, attention.num_gpus),
             **_attention_scaling(attention),
             "max_queued_requests": attention.max_queued_requests,
             "graceful_shutdown_timeout_s": attention.drain_timeout_s,
         },
         *(
-            {"name": f"experts-{group}", "autoscaling_config": _expert_scaling(config)}
+            {
+                "name": f"experts-{group}",
+                **_where(config.experts, config.placement.experts, config.experts.num_gpus),
+                "autoscaling_config": _expert_scaling(config),
+            }
             for group in range(config.experts.groups)
         ),
     ]
@@ -114,17 +144,34 @@ def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
 def _fixed(config: DeploymentConfig) -> DeploymentConfig:
     """The config with everything that `_elastic` says at its default: what is left can only change with a restart."""
     sections = {
-        "gateway": config.gateway.model_copy(update=_defaults(config.gateway, "replicas", *ELASTIC_GATEWAY)),
-        "router": config.router.model_copy(update=_defaults(config.router, "replicas")),
-        "attention": config.attention.model_copy(update=_defaults(config.attention, *ELASTIC_ATTENTION)),
-        "experts": config.experts.model_copy(update=_defaults(config.experts, "replicas")),
+        "gateway": _without(config.gateway, "replicas", *ELASTIC_GATEWAY),
+        "router": _without(config.router, "replicas"),
+        "attention": _without(config.attention, *ELASTIC_ATTENTION),
+        "experts": _without(config.experts, "replicas"),
         "autoscale": AutoscaleConfig(window_s=config.autoscale.window_s),
+        "placement": PlacementConfig(),
     }
     return config.model_copy(update=sections)
 
 
-def _defaults(section: Settings, *keys: str) -> dict[str, object]:
-    return {key: type(section).model_fields[key].default for key in keys}
+def _without(section: _Section, *keys: str) -> _Section:
+    """The section with these keys at their defaults."""
+    fields = type(section).model_fields
+    return section.model_copy(update={key: fields[key].default for key in (*keys, "max_replicas_per_node")})
+
+
+def _where(
+    section: GatewayConfig | RouterConfig | AttentionConfig | ExpertsConfig, labels: dict[str, str], num_gpus: float = 0
+) -> dict[str, object]:
+    """What a replica books, on which nodes, and how many of them on one."""
+    options = {"ray_actor_options": _booked(section.num_cpus, labels, num_gpus=num_gpus)}
+    most = section.max_replicas_per_node
+    return options if most is None else {**options, "max_replicas_per_node": most}
+
+
+def _booked(num_cpus: float, labels: dict[str, str], *, num_gpus: float = 0) -> dict[str, object]:
+    booked: dict[str, object] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    return booked | ({"label_selector": labels} if labels else {})
 
 
 def _attention_scaling(attention: AttentionConfig) -> dict[str, object]:

@@ -30,6 +30,16 @@ MAX_FRAME_BYTES = 1 << 30  # every link keeps a buffer for the largest message
 CPU_KV_LORA_RANK, CPU_ROPE_HEAD_DIM = 512, 64  # the only shape of vLLM's CPU_MLA backend
 
 
+class PlacementConfig(Settings):
+    """Labels that a Ray node must have for a part to run there; none: any node."""
+
+    controller: dict[str, str] = Field(default={})
+    gateway: dict[str, str] = Field(default={})
+    router: dict[str, str] = Field(default={})  # where the attention replicas are: each asks the router of its own node
+    attention: dict[str, str] = Field(default={})
+    experts: dict[str, str] = Field(default={})
+
+
 class DeploymentConfig(Settings):
     """A whole config file; every section may be left out."""
 
@@ -40,6 +50,7 @@ class DeploymentConfig(Settings):
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    placement: PlacementConfig = Field(default_factory=PlacementConfig)
 
     @property
     def expert_copies(self) -> tuple[int, int]:

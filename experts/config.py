@@ -25,5 +25,6 @@ class ExpertsConfig(Settings):
     compute: Literal["auto", "loop", "kernel", "grouped"] = "auto"
     num_cpus: float = Field(default=0.1, ge=0)  # what a replica books from Ray
     num_gpus: float = Field(default=0, ge=0)
+    max_replicas_per_node: int | None = Field(default=None, ge=1)  # of one group; None: as many as there is room for
     listen: Literal["unix", "tcp"] = "unix"  # tcp where routers and experts are on different nodes
     lease_s: float = Field(default=5.0, gt=0)  # a member that has been silent for this long is gone

@@ -41,7 +41,8 @@ class ServedModel:
     dtype: str  # float32, bfloat16 or float16: of hidden states and weights
     num_groups: int  # D
     max_rows: int  # tokens of one step at most
-    runtime_dir: str  # Unix sockets and the cluster's secret
+    runtime_dir: str  # Unix sockets
+    secret_path: str | None = None  # the cluster's secret; None: in runtime_dir
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,7 +50,7 @@ class ServedModel:
 
     @property
     def secret_file(self) -> Path:
-        return Path(self.runtime_dir) / "secret"
+        return Path(self.runtime_dir) / "secret" if self.secret_path is None else Path(self.secret_path)
 
     @property
     def router_address(self) -> str:

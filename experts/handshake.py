@@ -56,10 +56,14 @@ class Welcome:
 
 
 def read_secret(path: str | Path) -> bytes:
-    """The cluster's secret. Raises ConfigError where it is missing, short, or readable by others."""
+    """The cluster's secret. Raises ConfigError where it is missing, short, or readable by others.
+
+    A process that is not root may read root's file by its group: so Kubernetes mounts a Secret.
+    """
     file = Path(path)
     try:
-        mode = file.stat().st_mode & 0o077
+        stat = file.stat()
+        mode = stat.st_mode & (0o037 if stat.st_uid == 0 != os.geteuid() else 0o077)
         secret = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the cluster secret {file}: {error.strerror}") from None

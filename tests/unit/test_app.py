@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.app import serve_config
+from deploy.app import serve_config, serve_config_of
 from deploy.config import DeploymentConfig, resolve
 from deploy.local import booked_cpus
 
@@ -65,3 +65,21 @@ def test_places_are_booked_for_as_many_replicas_as_there_may_be() -> None:
 
     assert booked({"attention": {"max_replicas": 3}}) == pytest.approx(booked({}) + 0.2)
     assert booked({"autoscale": {"max_replicas": 3}}) == pytest.approx(booked({}) + 0.8)
+
+
+def test_a_part_with_labels_is_placed_on_nodes_that_have_them_and_nothing_else_restarts(nano: Path) -> None:
+    labels = {"moe-role": "experts"}
+    config: Config = {"placement": {"experts": labels}, "experts": {"num_cpus": 2.0, "max_replicas_per_node": 1}}
+    placed = deployment(nano, "experts-1", config)
+    assert placed["ray_actor_options"] == {"num_cpus": 2.0, "num_gpus": 0.0, "label_selector": labels}
+    assert placed["max_replicas_per_node"] == 1
+    assert deployment(nano, "router", config) == deployment(nano, "router", {})
+    with_cpus: Config = {"experts": {"num_cpus": 2.0}}
+    assert application(nano, config).args == application(nano, with_cpus).args
+
+
+def test_a_cluster_elsewhere_is_described_without_its_checkpoint() -> None:
+    config = DeploymentConfig.model_validate({"model": {"checkpoint": "/models/none-here", "dtype": "bfloat16"}})
+    (described,) = serve_config_of(config, runtime_dir="/run/em", secret_file="/etc/em/secret").applications
+    assert described.args["secret_file"] == "/etc/em/secret"
+    assert described.args["config"]["model"]["checkpoint"] == "/models/none-here"

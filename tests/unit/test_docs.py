@@ -66,6 +66,7 @@ def test_a_config_keys_default_and_type_are_as_explained(section: str, key: str)
         assert kind.replace("`", "").split(", ") == list(get_args(field.annotation))
     else:
         names = {bool: "bool", int: "int", float: "float", float | None: "float", str: "string", str | None: "string"}
+        names |= {int | None: "int", dict[str, str]: "mapping"}
         assert kind.split(",")[0] == names[field.annotation]  # type: ignore[index]
 
 

@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +168,19 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> 
     os.chmod(file, mode)
     with pytest.raises(ConfigError, match="chmod 600"):
         read_secret(file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file of root's")
+@pytest.mark.parametrize(("mode", "is_read"), [(0o440, True), (0o640, True), (0o660, False), (0o444, False)])
+def test_a_process_that_is_not_root_may_read_roots_secret_by_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, is_read: bool
+) -> None:
+    file = tmp_path / "secret"
+    write_secret(file)
+    os.chmod(file, mode)
+    monkeypatch.setattr(os, "geteuid", lambda: 10001)
+    with nullcontext() if is_read else pytest.raises(ConfigError, match="chmod 600"):
+        assert len(read_secret(file)) == MIN_SECRET_BYTES
 
 
 def test_a_short_or_missing_secret_is_refused(tmp_path: Path) -> None:
