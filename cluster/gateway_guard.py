@@ -143,6 +143,8 @@ class Guard:
             if length.isdigit() and int(length[:20]) > self._max_body_bytes:
                 break
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RequestError("the client left before its body was whole")
             raw += message.get("body", b"")
             more = message.get("more_body", False)
         if more or len(raw) > self._max_body_bytes:

@@ -5,7 +5,6 @@ may be texts, or in the request's map of parameters. Names are vLLM's; one that 
 Pure, as cluster/kserve_tensors.py.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from cluster.kserve_tensors import (
     refuse,
     value_of,
 )
-from cluster.validate import GenerationRequest, Limits, check_text, has_lone_surrogate
+from cluster.strict_json import read_json
+from cluster.validate import GenerationRequest, Limits, check_text
 from experts.errors import RequestError
 
 MAX_SAMPLING_BYTES = 1 << 16  # of JSON; the longest lists that our limits allow have a third of it
@@ -157,25 +157,4 @@ def _strict_json(name: str, text: str) -> object:
     """Raises RequestError for what is too long, too deep, ambiguous or not JSON; all of its texts are valid Unicode."""
     if len(text) > MAX_SAMPLING_BYTES:
         refuse(name, f"has {len(text)} characters; at most {MAX_SAMPLING_BYTES} are read")
-
-    def refuse_constant(word: str) -> object:
-        refuse(name, f"contains {word}, which is not JSON")
-
-    def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            refuse(name, "names a key twice in one object")
-        return fields
-
-    try:
-        found = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=refuse_constant)
-        is_text = not has_lone_surrogate(json.dumps(found, ensure_ascii=False))
-    except RecursionError:
-        refuse(name, "is nested too deeply")
-    except json.JSONDecodeError as error:
-        refuse(name, f"is not valid JSON: {error.msg} at character {error.pos}")
-    except ValueError:
-        refuse(name, "contains a number with too many digits")
-    if not is_text:
-        refuse(name, "is not valid Unicode (it contains half a surrogate pair)")
-    return found
+    return read_json(text, name, name)

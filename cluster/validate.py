@@ -101,6 +101,8 @@ def check_prompt(request: GenerationRequest, limits: Limits) -> None:
     if ids is None:
         check_text("prompt", request.prompt, limits)
         return
+    if isinstance(ids, list | tuple) and len(ids) >= limits.max_model_len:  # before each of them is looked at
+        check_length(len(ids), None, limits)
     check_token_ids("prompt", ids, limits)
     check_length(len(ids), request.max_tokens, limits)
 
