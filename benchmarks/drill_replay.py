@@ -76,7 +76,7 @@ def _environment(folder: str, *, threads: int) -> dict[str, str]:
 def _engine_arguments(resolved: Resolved) -> dict[str, object]:
     # Imported here: Ray comes with them, which takes seconds.
     from cluster.attention import plain_engine_arguments
-    from experts.group import ServedModel
+    from experts.served_model import ServedModel
 
     model = ServedModel(
         checkpoint=str(resolved.checkpoint.path),

@@ -20,8 +20,8 @@ from benchmarks.serving_stats import Trace, deal
 from cluster.attention import engine_arguments, plain_engine_arguments, prepare_environment
 from deploy.config import DeploymentConfig
 from experts.checkpoint import Checkpoint
-from experts.group import ServedModel
 from experts.handshake import write_secret
+from experts.served_model import ServedModel
 from experts.weights import bytes_needed, resident_bytes
 
 LOAD_TIMEOUT_S = 600.0

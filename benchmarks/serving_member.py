@@ -20,10 +20,10 @@ from benchmarks.serving_child import Request, serve
 from deploy.config import DeploymentConfig
 from experts.checkpoint import open_checkpoint
 from experts.compute import make_expert_ffn
-from experts.group import ServedModel
 from experts.handshake import Identity, Role, fresh_incarnation, read_secret
 from experts.logs import set_up_logs
 from experts.placement import Placement, Replica
+from experts.served_model import ServedModel
 from experts.server import ExpertServer
 from experts.weights import load_group
 from experts.wire import Limits

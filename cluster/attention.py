@@ -1,6 +1,7 @@
 """The deployment `attention`: a vLLM engine that holds everything of the model but its routed experts."""
 
 import asyncio
+import importlib
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -16,11 +17,12 @@ from cluster.exporter import OFF, Publisher
 from cluster.metrics import AttentionMetrics
 from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
 from experts.errors import GroupUnavailable, RequestError
-from experts.group import ServedModel
+from experts.gently import gently
 from experts.handshake import fresh_incarnation
 from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
 from experts.placement import Member
+from experts.served_model import ServedModel
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -45,6 +47,7 @@ class Attention:
     ) -> None:
         set_up_logs()
         prepare_environment(threads=config.threads)
+        gently(lambda: importlib.import_module("vllm.v1.engine.async_llm"))  # ten seconds, beside running streams
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -14,7 +14,8 @@ from cluster.exporter import Publisher
 from cluster.ingress import Gateway
 from deploy.config import DeploymentConfig, PlacementConfig, Resolved, pinned, resolve
 from experts.config import ExpertsConfig, Settings
-from experts.group import ExpertGroup, ServedModel
+from experts.group import ExpertGroup
+from experts.served_model import ServedModel
 from router.config import RouterConfig
 from router.service import Router
 

@@ -203,7 +203,7 @@ def _report(reference: ReferenceProcess, subject: Subject, answers: dict[str, li
 def _reference_arguments(subject: Subject) -> dict[str, object]:
     # Imported here: they import Ray, whose environment must be set before that where we start a cluster.
     from cluster.attention import plain_engine_arguments
-    from experts.group import ServedModel
+    from experts.served_model import ServedModel
 
     config = subject.resolved.config
     model = ServedModel(

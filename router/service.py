@@ -13,11 +13,11 @@ from ray.serve.handle import DeploymentHandle
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.counting import Counting, Publish
 from experts.errors import FrameError
-from experts.group import SILENCE_LIMIT_S, ServedModel
 from experts.handshake import Identity, Role, fresh_incarnation, read_secret
 from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
 from experts.placement import Member, Placement
+from experts.served_model import SILENCE_LIMIT_S, ServedModel
 from experts.weights import read_bias
 from experts.wire import DType, Limits
 from router.config import RouterConfig

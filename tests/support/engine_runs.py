@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, Self
 
 from cluster.attention import engine_arguments, plain_engine_arguments
 from cluster.config import AttentionConfig
-from experts.group import ServedModel
+from experts.served_model import ServedModel
 
 Kind = Literal["plain", "remote"]
 Prompts = Sequence[Sequence[int]]

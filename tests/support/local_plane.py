@@ -16,9 +16,9 @@ import torch
 
 from experts.checkpoint import open_checkpoint
 from experts.compute import make_expert_ffn
-from experts.group import ServedModel
 from experts.handshake import Identity, Role, fresh_incarnation, read_secret, write_secret
 from experts.placement import Placement, Replica
+from experts.served_model import ServedModel
 from experts.server import ExpertServer
 from experts.weights import load_group
 from experts.wire import Limits

@@ -1,0 +1,26 @@
+"""Work of low priority beside those who serve."""
+
+import os
+import threading
+
+import pytest
+
+from experts.gently import NICENESS, gently
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_work_has_a_low_priority_and_who_waits_for_it_keeps_its_own() -> None:
+    before = niceness()
+    assert gently(niceness) == min(before + NICENESS, 19)
+    assert niceness() == before
+
+
+def test_what_the_work_raises_reaches_who_asked_for_it() -> None:
+    def fail() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        gently(fail)
