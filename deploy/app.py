@@ -23,6 +23,7 @@ _Section = TypeVar("_Section", bound=Settings)
 
 APP_NAME = "expertmesh"
 CONTROLLER_CPUS = 0.1
+GRACE_S = 5.0  # for a replica that has no streams to finish
 DRAIN_MARGIN_S = 5.0  # Serve ends a replica that takes longer; it has told its clients by then
 ELASTIC_GATEWAY = ("max_open_requests", "drain_timeout_s")
 REPORT_EVERY_S = 1.0  # an expert replica tells Serve its load
@@ -45,8 +46,7 @@ def build(args: dict[str, object]) -> Application:
         secret_path=None if args.get("secret_file") is None else str(args["secret_file"]),
     )
     publisher = Publisher.of(config.metrics, model.runtime_dir)
-    # Never two at a time: each would know half of the members.
-    controller = _deployment(Controller, "controller", num_cpus=CONTROLLER_CPUS, max_surge_percent=0).bind(
+    controller = _deployment(Controller, "controller", num_cpus=CONTROLLER_CPUS).bind(
         num_groups=model.num_groups, lease_s=config.experts.lease_s, publisher=publisher
     )
     groups = [_expert_group(controller, model, config, group, publisher) for group in range(model.num_groups)]
@@ -57,7 +57,6 @@ def build(args: dict[str, object]) -> Application:
         Attention,
         "attention",
         num_cpus=config.attention.num_cpus,
-        num_gpus=config.attention.num_gpus,
         max_ongoing_requests=4 * config.attention.max_num_seqs,
     ).bind(controller, model, config.attention, config.model.max_model_len, publisher)
     gateway = config.gateway
@@ -109,37 +108,53 @@ def _elastic(config: DeploymentConfig) -> list[dict[str, object]]:
 
     Serve restarts everything when the application's arguments are others, so none of this may be among them.
     """
-    gateway, attention = config.gateway, config.attention
+    gateway, attention, place = config.gateway, config.attention, config.placement
     return [
-        {"name": "controller", "ray_actor_options": _booked(CONTROLLER_CPUS, config.placement.controller)},
+        {
+            "name": "controller",
+            "ray_actor_options": _booked(CONTROLLER_CPUS, place.controller),
+            **_replaced(surge=False),
+        },
         {
             "name": "gateway",
-            **_where(gateway, config.placement.gateway),
+            **_where(gateway, place.gateway),
+            **_replaced(grace_s=gateway.drain_timeout_s + DRAIN_MARGIN_S),
             "num_replicas": gateway.replicas,
-            "graceful_shutdown_timeout_s": gateway.drain_timeout_s + DRAIN_MARGIN_S,
             "user_config": {name: getattr(gateway, name) for name in ELASTIC_GATEWAY},
         },
         {
             "name": "router",
-            **_where(config.router, config.placement.router),
+            **_where(config.router, place.router),
+            # Where each node has as many as it may, one goes before the next comes; another one takes over there.
+            **_replaced(surge=config.router.max_replicas_per_node is None),
             "num_replicas": config.router.replicas,
         },
         {
             "name": "attention",
-            **_where(attention, config.placement.attention, attention.num_gpus),
+            **_where(attention, place.attention, attention.num_gpus),
+            **_replaced(surge=not attention.num_gpus, grace_s=attention.drain_timeout_s),
             **_attention_scaling(attention),
             "max_queued_requests": attention.max_queued_requests,
-            "graceful_shutdown_timeout_s": attention.drain_timeout_s,
         },
         *(
             {
                 "name": f"experts-{group}",
-                **_where(config.experts, config.placement.experts, config.experts.num_gpus),
+                **_where(config.experts, place.experts, config.experts.num_gpus),
+                **_replaced(surge=not config.experts.num_gpus),
                 "autoscaling_config": _expert_scaling(config),
             }
             for group in range(config.experts.groups)
         ),
     ]
+
+
+def _replaced(*, surge: bool = True, grace_s: float = GRACE_S) -> dict[str, object]:
+    """How a replica makes room for its replacement.
+
+    surge: it stays until the replacement is ready. There is no GPU to spare for that, most likely, and two controllers
+    at a time would each know half of the members.
+    """
+    return {"max_surge_percent": 100 if surge else 0, "graceful_shutdown_timeout_s": grace_s}
 
 
 def _fixed(config: DeploymentConfig) -> DeploymentConfig:
@@ -212,12 +227,7 @@ def _expert_group(
     controller: Application, model: ServedModel, config: DeploymentConfig, group: int, publisher: Publisher
 ) -> Application:
     experts = config.experts
-    return _deployment(
-        ExpertGroup,
-        f"experts-{group}",
-        num_cpus=experts.num_cpus,
-        num_gpus=experts.num_gpus,
-    ).bind(
+    return _deployment(ExpertGroup, f"experts-{group}", num_cpus=experts.num_cpus).bind(
         controller,
         model,
         experts,
@@ -227,25 +237,12 @@ def _expert_group(
     )
 
 
-def _deployment(
-    cls: type,
-    name: str,
-    *,
-    num_cpus: float,
-    num_gpus: float = 0,
-    max_ongoing_requests: int = 1000,
-    max_surge_percent: int = 100,
-) -> serve.Deployment:
-    """max_surge_percent: of the replicas, how many may be replaced before they are stopped, at a time."""
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    if num_gpus:
-        max_surge_percent = 0  # there is no GPU to spare, most likely, and the replacement would wait for ever
+def _deployment(cls: type, name: str, *, num_cpus: float, max_ongoing_requests: int = 1000) -> serve.Deployment:
+    """What a replica may do; where it is, and how it is replaced, is said beside the application (`_elastic`)."""
     decorate = serve.deployment(
         name=name,
-        ray_actor_options=options,
+        ray_actor_options={"num_cpus": num_cpus},
         max_ongoing_requests=max_ongoing_requests,
-        max_surge_percent=max_surge_percent,
-        graceful_shutdown_timeout_s=5,
         # A replica that dies is noticed within a second or so; Serve's default is ten.
         health_check_period_s=1,
         health_check_timeout_s=5,

@@ -122,7 +122,7 @@ def resolve(config: DeploymentConfig) -> Resolved:
         dtype = str(checkpoint.dtype).removeprefix("torch.")
     checkpoint.shape.check_num_groups(config.experts.groups)
     _check_lengths(config, checkpoint)
-    if not torch.cuda.is_available():
+    if not (config.attention.num_gpus or torch.cuda.is_available()):
         _check_cpu_attention(checkpoint.config)
     name = config.model.served_name or ("expertmesh-nano" if named == "embedded" else folder.absolute().name)
     return Resolved(config=config, checkpoint=checkpoint, served_name=name, dtype=dtype)
