@@ -1,8 +1,11 @@
 """The cluster that most tests here share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
+from elastic import give
 from ray_cluster import Cluster, started_cluster
 
 
@@ -27,3 +30,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     }
     with started_cluster(tmp_path_factory.mktemp("home"), config) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def config(cluster: Cluster, tmp_path: Path) -> Iterator[dict]:
+    """The cluster's config, which a test may give to it changed; given back afterwards."""
+    config = yaml.safe_load((cluster.home / "config.yaml").read_text())
+    yield config
+    give(cluster, tmp_path / "as_it_was.yaml", config)

@@ -1,13 +1,9 @@
 """Expert groups that get copies and give them back while requests run, and a config that changes under them."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import yaml
+from elastic import give, group_status, requests, wait_for_copies
 from ray_cluster import Cluster
 
 PROMPT = [21, 22, 23, 24, 25]
@@ -16,64 +12,10 @@ HOT_TOKEN = 3662  # of the embedded checkpoint: a prompt of nothing else sends a
 HOT_GROUP = 1
 
 
-@contextmanager
-def requests(ask: Callable[[], list[int]], expected: list[int], *, streams: int) -> Iterator[None]:
-    """`streams` requests at a time, again and again; every answer must be the expected one."""
-    stopped = threading.Event()
-    answers: list[list[int] | Exception] = []
-
-    def run() -> None:
-        while not stopped.is_set():
-            try:
-                answers.append(ask())
-            except Exception as error:
-                answers.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(streams)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        for thread in threads:
-            thread.join(120)
-    assert len(answers) >= streams
-    assert [answer for answer in answers if answer != expected] == []
-
-
 def others_pids(cluster: Cluster) -> set[int]:
     """Of every member but the hot group's copies."""
     members = cluster.status()["controller"]["members"]
     return {member["pid"] for member in members if member.get("group") != HOT_GROUP}
-
-
-def group_status(cluster: Cluster, group: int) -> dict:
-    return cluster.status()["controller"]["groups"][group]
-
-
-def wait_for_copies(cluster: Cluster, group: int, copies: int, *, timeout_s: float = 90) -> dict:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        status = group_status(cluster, group)
-        if status["copies"] == status["target"] == copies:
-            return status
-        time.sleep(0.5)
-    raise AssertionError(f"group {group} has not come to {copies} copies:\n{cluster.evidence()}")
-
-
-def give(cluster: Cluster, file: Path, config: dict) -> None:
-    file.write_text(yaml.safe_dump(config))
-    done = cluster.run("up", "--config", str(file))
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture
-def config(cluster: Cluster, tmp_path: Path) -> Iterator[dict]:
-    """The cluster's config, which a test may give to it changed; given back afterwards."""
-    config = yaml.safe_load((cluster.home / "config.yaml").read_text())
-    yield config
-    give(cluster, tmp_path / "as_it_was.yaml", config)
 
 
 def test_a_hot_group_gets_a_copy_and_gives_it_back_and_no_request_notices(

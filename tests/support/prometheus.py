@@ -43,10 +43,14 @@ def binary() -> str | None:
 
 
 @contextmanager
-def scraping(folder: Path, *, port: int, target: str) -> Iterator[Prometheus]:
-    """A server on a free port that scrapes target (`host:port`) every second, and keeps its data in folder."""
+def scraping(folder: Path, *, port: int, target: str, rules: Path | None = None) -> Iterator[Prometheus]:
+    """A server on a free port that scrapes target (`host:port`) every second, and keeps its data in folder.
+
+    rules: a file of rules, evaluated every second.
+    """
     config = {
-        "global": {"scrape_interval": "1s"},
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [] if rules is None else [str(rules)],
         "scrape_configs": [{"job_name": "expertmesh", "static_configs": [{"targets": [target]}]}],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
