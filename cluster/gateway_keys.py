@@ -1,14 +1,10 @@
-"""Keys at both doors: an ASGI layer and a gRPC interceptor. Whatever is not health is refused without a key."""
-
-from collections.abc import Awaitable, Callable
+"""Keys at both doors: an ASGI layer and a check of RPCs. Whatever is not health is refused without a key."""
 
 import grpc
-import grpc.aio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.gateway_errors import HeadersTooLarge, refusal_of
-from cluster.grpc_answer import Context, abort_with
-from cluster.keys import Keys, Unauthenticated
+from cluster.keys import Keys
 from experts.errors import RequestError
 
 MAX_HEADER_BYTES = 16 << 10  # of a request's headers, or an RPC's metadata
@@ -36,25 +32,18 @@ class KeyedApp:
         await self._app(scope, receive, send)
 
 
-class KeyedServices(grpc.aio.ServerInterceptor):
+class KeyedServices:
     """Judges every RPC before its first message is read, also one of a service that is not there."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
 
-    async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]  (the stub is generic)
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        if handler_call_details.method.startswith(OPEN_SERVICE):
-            return await continuation(handler_call_details)
-        found = [value for name, value in handler_call_details.invocation_metadata or () if name == "authorization"]
-        try:
-            self._keys.check(found[0] if len(found) == 1 and isinstance(found[0], str) else None)
-        except Unauthenticated as exc:
-            return _refusing(exc)
-        return await continuation(handler_call_details)
+    def check(self, details: grpc.HandlerCallDetails) -> None:
+        """Raises Unauthenticated."""
+        if details.method.startswith(OPEN_SERVICE):
+            return
+        found = [value for name, value in details.invocation_metadata or () if name == "authorization"]
+        self._keys.check(found[0] if len(found) == 1 and isinstance(found[0], str) else None)
 
 
 def _check_wire(scope: Scope) -> None:
@@ -80,12 +69,3 @@ async def _refuse(exc: RequestError, scope: Scope, send: Send) -> None:
         return
     for message in refusal_of(exc).http_answer:
         await send(message)
-
-
-def _refusing(exc: Unauthenticated) -> grpc.RpcMethodHandler:
-    """A handler for an RPC of any kind: as a stream it is called without waiting for the client's messages."""
-
-    async def refuse(_: object, context: Context) -> None:
-        await abort_with(context, exc)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)

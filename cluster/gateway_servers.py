@@ -10,17 +10,17 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
-import grpc.aio
 import uvicorn
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from starlette.types import ASGIApp
 
 from cluster.config import GatewayConfig
 from cluster.gateway_keys import MAX_HEADER_BYTES, KeyedApp, KeyedServices
-from cluster.grpc_wire import WireGuard
+from cluster.grpc_bridge import Bridge, BridgeServer
 from cluster.keys import Keys
 from experts.errors import ConfigError
 
@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_S = 30.0  # a peer that is gone without a word is noticed after this and PING_TIMEOUT_S
 PING_TIMEOUT_S = 20.0
-END_MARGIN_S = 2.0  # for the servers themselves, once nothing is open any more
+END_MARGIN_S = 5.0  # for the servers themselves, once nothing is open any more
 _BACKLOG = 1024
 _STARTED_EVERY_S = 0.01
+_CONNECT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +78,16 @@ class Tls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What the gRPC server serves: each entry adds one service to a server."""
+    """What the gRPC server serves: each entry adds one service."""
 
     names: tuple[str, ...]  # full names, for reflection
-    add: Sequence[Callable[[grpc.aio.Server], object]]
+    add: Sequence[Callable[[Bridge], object]]
+
+    def add_all(self, bridge: Bridge) -> None:
+        """All of them, and reflection."""
+        described = reflection.aio.ReflectionServicer((*self.names, reflection.SERVICE_NAME))
+        for add in (*self.add, partial(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, described)):
+            add(bridge)
 
 
 class Doors:
@@ -94,47 +101,36 @@ class Doors:
 
     async def open(self, app: ASGIApp, services: Services) -> None:
         """Returns once both listen. Raises ConfigError where a port or a certificate does not allow it."""
-        self._grpc = await self._open_grpc(services)
-        self._watch = asyncio.create_task(self._keep_grpc_open(services))
+        self._grpc = self._open_grpc(services)
         self._http = _Http(self._uvicorn_config(KeyedApp(app, self._keys)))
         await self._http.open(_listen(self._config.http_host, self._config.http_port))
+
+    async def check(self) -> None:
+        """Raises RuntimeError where one of the servers has ended, or nobody listens on its port."""
+        if self.is_draining:
+            return
+        for name, server in (("http", self._http), ("grpc", self._grpc)):
+            host, port = getattr(self._config, f"{name}_host"), getattr(self._config, f"{name}_port")
+            if not server.is_serving or not await _is_listening(host, port):
+                raise RuntimeError(f"the gateway's {name} server on {host}:{port} has ended")
 
     async def drain(self, timeout_s: float) -> None:
         """Takes nothing new; what is open may go on for `timeout_s`, and is ended then."""
         self.is_draining = True
-        # Never cancelled, but left behind where they do not end: grpc.aio takes a cancelled wait for its server's end.
         ending = [asyncio.ensure_future(one) for one in (self._grpc.stop(timeout_s), self._http.stop(timeout_s))]
-        _, left = await asyncio.wait([*ending, self._watch], timeout=timeout_s + END_MARGIN_S)
+        _, left = await asyncio.wait(ending, timeout=timeout_s + END_MARGIN_S)
         if left:
             log.warning("not all of the gateway's servers ended in time", extra={"left": len(left)})
 
-    async def _keep_grpc_open(self, services: Services) -> None:
-        """Opens gRPC anew where its server has ended by itself: one of grpc.aio does, for a path that is no UTF-8."""
-        while True:
-            try:
-                await self._grpc.wait_for_termination()
-            except Exception as error:  # whatever it was, without a server nobody is answered
-                log.error("the gRPC server ended, and is opened again", exc_info=error)
-            if self.is_draining:
-                return
-            self._grpc = await self._open_grpc(services)
-
-    async def _open_grpc(self, services: Services) -> grpc.aio.Server:
-        server = grpc.aio.server(
-            interceptors=[KeyedServices(self._keys), WireGuard()], options=_grpc_options(self._config)
-        )
-        for add in services.add:
-            add(server)
-        reflection.enable_server_reflection((*services.names, reflection.SERVICE_NAME), server)
+    def _open_grpc(self, services: Services) -> BridgeServer:
+        bridge = Bridge(asyncio.get_running_loop(), KeyedServices(self._keys).check)
+        services.add_all(bridge)
+        server = BridgeServer(bridge, _grpc_options(self._config))
         address = f"{self._config.grpc_host}:{self._config.grpc_port}"
         try:
-            if self._tls is None:
-                server.add_insecure_port(address)
-            else:
-                server.add_secure_port(address, self._tls.grpc_credentials)
+            server.start(address, None if self._tls is None else self._tls.grpc_credentials)
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"gateway.grpc_port: {address} cannot be served: {error}") from None
-        await server.start()
         return server
 
     def _uvicorn_config(self, app: ASGIApp) -> uvicorn.Config:
@@ -166,6 +162,10 @@ class _Http:
                 await self._task  # raises why
             await asyncio.sleep(_STARTED_EVERY_S)
 
+    @property
+    def is_serving(self) -> bool:
+        return not self._task.done()
+
     async def stop(self, timeout_s: float) -> None:
         self._server.config.timeout_graceful_shutdown = max(1, round(timeout_s))
         self._server.should_exit = True
@@ -183,6 +183,19 @@ def _listen(host: str, port: int) -> socket.socket:
         sock.close()
         raise ConfigError(f"gateway.http_port: {host}:{port} cannot be served: {error}") from None
     return sock
+
+
+async def _is_listening(host: str, port: int) -> bool:
+    """False only if a connection is refused: one that waits waits for a busy server."""
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # TimeoutError is one
+        return True
+    writer.close()
+    return True
 
 
 def _grpc_options(config: GatewayConfig) -> list[tuple[str, int]]:

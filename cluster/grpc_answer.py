@@ -1,8 +1,8 @@
 """How every RPC of ours ends: counted, with the code that its error stands for, and never with a traceback."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import NoReturn, cast
+from typing import NoReturn, Protocol
 
 import grpc
 import grpc.aio
@@ -12,8 +12,26 @@ from cluster.gateway_errors import Refusal, refusal_of
 from cluster.gateway_load import OpenRequests
 from cluster.metrics import GATEWAY
 
-Context = grpc.aio.ServicerContext[Message, Message]
+Metadata = Sequence[tuple[str, str | bytes]]
 _TIMEOUT = "x-request-timeout-ms"  # as over HTTP, for clients that set no deadline of gRPC's
+
+
+class Context(Protocol):
+    """What services use of an RPC: that much of grpc.aio's context."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the client's deadline; None where it has none."""
+        ...
+
+    def invocation_metadata(self) -> Metadata | None: ...
+
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None: ...
+
+    async def write(self, message: Message) -> None: ...
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        """Ends the RPC. Raises grpc.aio.AbortError."""
+        ...
 
 
 @asynccontextmanager
@@ -32,11 +50,8 @@ async def answering(context: Context, load: OpenRequests) -> AsyncIterator[None]
 
 
 async def abort(context: Context, refusal: Refusal) -> NoReturn:
-    """Ends the RPC: code, details, and for a client that may come back the seconds in its trailers."""
-    trailers = ()
-    if (seconds := refusal.retry_after_s) is not None:
-        trailers = (("retry-after", str(seconds)), ("grpc-retry-pushback-ms", str(1000 * seconds)))
-    await context.abort(refusal.grpc_code, refusal.sentence, trailers)
+    """Ends the RPC."""
+    await context.abort(refusal.grpc_code, refusal.sentence, trailers_of(refusal))
     raise AssertionError("abort raises")
 
 
@@ -45,11 +60,17 @@ async def abort_with(context: Context, exc: Exception) -> NoReturn:
     await abort(context, refusal_of(exc))
 
 
+def trailers_of(refusal: Refusal) -> Metadata:
+    """For a client that may come back, the seconds until then."""
+    if (seconds := refusal.retry_after_s) is None:
+        return ()
+    return (("retry-after", str(seconds)), ("grpc-retry-pushback-ms", str(1000 * seconds)))
+
+
 def remaining_s(context: Context) -> float | None:
     """Seconds that the client's deadline leaves; None where it has none. A deadline in metadata counts, too."""
-    found = [context.time_remaining()]  # of the package's stub: never None, which it is
+    found = [context.time_remaining()]
     for name, value in context.invocation_metadata() or ():
         if name == _TIMEOUT and isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12:
             found.append(int(value) / 1000)
-    given = [seconds for seconds in cast("list[float | None]", found) if seconds is not None]
-    return min(given, default=None)
+    return min((seconds for seconds in found if seconds is not None), default=None)

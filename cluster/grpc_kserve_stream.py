@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from cluster.gateway_errors import Refusal, refusal_of
 from cluster.grpc_answer import Context, abort
@@ -61,8 +61,8 @@ class InferStream:
                     tasks.create_task(self._serve_one(request)).add_done_callback(lambda _: self._free.release())
         except* StreamFailed as group:
             failed += [exc for exc in group.exceptions if isinstance(exc, StreamFailed)]
-        except* DecodeError:
-            failed.append(StreamFailed(refusal_of(RequestError("a message could not be read; it is not of its type"))))
+        except* RequestError as group:  # bytes that are no message
+            failed += [StreamFailed(refusal_of(exc)) for exc in group.exceptions]
         if failed:
             await self._all_written()  # gRPC takes no status while a message is on its way
             await abort(self._context, failed[0].refusal)

@@ -1,81 +1,86 @@
 """What gRPC leaves open, for every RPC: messages that are none or never come, and clients that do not read.
 
-An interceptor behind that of the keys, so that no service has to think of any of it.
+No service has to think of any of it.
 """
 
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import cast
+from typing import Protocol, cast
 
 import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from cluster.grpc_answer import Context, abort_with
+from cluster.grpc_answer import Context
 from experts.errors import RequestError
 
 log = logging.getLogger(__name__)
 
 WRITE_TIMEOUT_S = 30.0  # for a client to take a message of a stream
-_Raws = AsyncIterator[bytes]
 
 
-class WireGuard(grpc.aio.ServerInterceptor):
-    """Serves every RPC as a stream of bytes on both sides, and reads the messages itself.
+class WireCall(Context, Protocol):
+    """An RPC before its messages are read."""
 
-    gRPC would call bytes that are no message the server's own fault, and wait for ever for one that never comes.
+    async def read(self) -> bytes | None:
+        """The next message as it came; None behind the last one."""
+        ...
+
+    def cancel(self) -> None:
+        """Ends the RPC at once."""
+        ...
+
+
+def serving(handler: grpc.RpcMethodHandler) -> Callable[[WireCall], Awaitable[Message | None]]:
+    """Serves one RPC, of whatever kind, and returns its last message where that is not written yet.
+
+    Messages are read here: gRPC would call bytes that are none the server's own fault. Raises RequestError for them.
     """
-
-    async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]  (the stub is generic)
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        handler = cast("grpc.RpcMethodHandler | None", await continuation(handler_call_details))
-        if handler is None or handler.request_deserializer is None:  # no such RPC, or a refusal
-            return cast("grpc.RpcMethodHandler", handler)
-        return grpc.stream_stream_rpc_method_handler(_guarded(handler), None, handler.response_serializer)
-
-
-def _guarded(handler: grpc.RpcMethodHandler) -> Callable[[_Raws, Context], Awaitable[None]]:
     read = cast("Callable[[bytes], Message]", handler.request_deserializer)
     if handler.request_streaming:
         behave = handler.stream_stream if handler.response_streaming else handler.stream_unary
     else:
         behave = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
-    async def guarded(raws: _Raws, context: Context) -> None:
-        messages = _messages(raws, read, context)
-        request = messages if handler.request_streaming else await anext(messages, None)
-        if request is None:
-            await abort_with(context, RequestError("the call ended without a message"))
-        answer = cast("Callable", behave)(request, context)
+    async def serve(call: WireCall) -> Message | None:
+        request = _messages(call, read) if handler.request_streaming else await _only_message(call, read)
+        answer = cast("Callable", behave)(request, call)
         if inspect.isasyncgen(answer):
-            await _write_all(cast("AsyncGenerator[Message, None]", answer), context)
-        elif (message := await answer) is not None:  # a handler of a stream may write by itself
-            await context.write(message)
+            await _write_all(cast("AsyncGenerator[Message, None]", answer), call)
+            return None
+        return await answer  # None: a handler of a stream has written by itself
 
-    return guarded
-
-
-async def _messages(raws: _Raws, read: Callable[[bytes], Message], context: Context) -> AsyncGenerator[Message, None]:
-    async for raw in raws:
-        try:
-            message = read(raw)
-        except DecodeError:
-            await abort_with(context, RequestError("the bytes are not a message of this RPC"))
-        yield message
+    return serve
 
 
-async def _write_all(answers: AsyncGenerator[Message, None], context: Context) -> None:
+async def _only_message(call: WireCall, read: Callable[[bytes], Message]) -> Message:
+    raw = await call.read()
+    if raw is None:
+        raise RequestError("the call ended without a message")
+    return _message(raw, read)
+
+
+async def _messages(call: WireCall, read: Callable[[bytes], Message]) -> AsyncGenerator[Message, None]:
+    while (raw := await call.read()) is not None:
+        yield _message(raw, read)
+
+
+def _message(raw: bytes, read: Callable[[bytes], Message]) -> Message:
+    try:
+        return read(raw)
+    except DecodeError:
+        raise RequestError("the bytes are not a message of this RPC") from None
+
+
+async def _write_all(answers: AsyncGenerator[Message, None], call: WireCall) -> None:
     async with aclosing(answers):  # whatever ends this ends the engine's request, too
         async for answer in answers:
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
-                    await context.write(answer)
+                    await call.write(answer)
             except TimeoutError:
                 log.warning("a client does not read its stream", extra={"s": WRITE_TIMEOUT_S})
+                call.cancel()  # a status would wait behind what is not read, and say that all of it was sent
                 return

@@ -122,6 +122,10 @@ class Gateway:
         self._front.load.limit = int(elastic["max_open_requests"])
         self._drain_timeout_s = elastic["drain_timeout_s"]
 
+    async def check_health(self) -> None:
+        """Raises where one of its servers has ended; Serve replaces the replica then."""
+        await self._doors.check()
+
     async def __del__(self) -> None:
         if hasattr(self, "_drain_timeout_s"):
             await self._doors.drain(self._drain_timeout_s)

@@ -25,6 +25,7 @@ from cluster.config import GatewayConfig, GatewayModel
 from cluster.gateway_guard import Guard
 from cluster.gateway_health import DeploymentHealth, Health
 from cluster.gateway_mark import MarkedAnswers
+from cluster.grpc_bridge import Bridge, BridgeServer
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 
@@ -150,19 +151,17 @@ class Front:
         self.loop.close()
 
     async def _serve(self) -> None:
-        self._server = grpc.aio.server()
-        services = self.whole.services()
-        for add in services.add:
-            add(self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
-        await self._server.start()
+        bridge = Bridge(self.loop, lambda details: None)
+        self.whole.services().add_all(bridge)
+        self._server = BridgeServer(bridge)
+        port = self._server.start("127.0.0.1:0")
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.stub = pb_grpc.InferenceStub(self.channel)
         self.health_stub = health_pb2_grpc.HealthStub(self.channel)
 
     async def _close(self) -> None:
         await self.channel.close()
-        await self._server.stop(None)
+        await self._server.stop(0.0)
 
     async def _deployments(self) -> dict[str, DeploymentHealth]:
         return {name: DeploymentHealth(status="HEALTHY", replicas=states) for name, states in self.replicas.items()}

@@ -6,7 +6,8 @@ import json
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -21,6 +22,7 @@ from ray_cluster import free_port
 from cluster.config import GatewayConfig
 from cluster.gateway_guard import ROUTES
 from cluster.gateway_servers import Doors
+from cluster.ingress import Gateway
 from cluster.keys import Keys
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
@@ -208,6 +210,18 @@ def test_draining_doors_finish_their_streams_and_take_no_new_ones(front: Front) 
         front.engine.delay_s = 0.0
     with pytest.raises(OSError, match="refused|Connect call failed"):
         opened.raw(b"GET /health HTTP/1.1\r\n\r\n")
+
+
+@pytest.mark.parametrize("name", ["http", "grpc"])
+def test_a_gateway_one_of_whose_servers_has_ended_is_not_healthy(front: Front, name: str) -> None:
+    opened = Open(front)
+    gateway = cast("Gateway", SimpleNamespace(_doors=opened.doors))
+    opened.run(Gateway.check_health(gateway))
+    opened.run(getattr(opened.doors, f"_{name}").stop(0.1))
+    with pytest.raises(RuntimeError, match=f"{name} server on 127.0.0.1:.* has ended"):
+        opened.run(Gateway.check_health(gateway))
+    opened.run(opened.doors.drain(0.1))
+    opened.run(Gateway.check_health(gateway))  # it is to end, and Serve knows
 
 
 def test_two_replicas_share_the_ports(front: Front) -> None:

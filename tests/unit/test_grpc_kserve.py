@@ -29,6 +29,7 @@ from cluster.gateway_generate import Generations
 from cluster.gateway_health import DeploymentHealth, Health
 from cluster.gateway_load import OpenRequests
 from cluster.gateway_vllm import vllm_config_of
+from cluster.grpc_bridge import Bridge, BridgeServer
 from cluster.grpc_kserve import KSERVE, KServe, ServedModel
 from cluster.validate import Limits
 from experts.errors import GroupUnavailable
@@ -150,13 +151,13 @@ async def served(renderer: BaseRenderer) -> AsyncIterator[Served]:
         load=OpenRequests(100),
         model=ServedModel(name="nano", max_model_len=CONTEXT, server_version="1.2"),
     )
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 20)])
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    bridge = Bridge(asyncio.get_running_loop(), lambda details: None)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, bridge)
+    server = BridgeServer(bridge, [("grpc.max_receive_message_length", 1 << 20)])
+    port = server.start("127.0.0.1:0")
     yield Served(service, engine, f"127.0.0.1:{port}", replicas, drains)
     await within_a_second(lambda: engine.open == 0 and service.load.count == 0)
-    await server.stop(None)
+    await server.stop(0.0)
 
 
 @pytest.fixture

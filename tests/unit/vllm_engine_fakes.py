@@ -23,6 +23,7 @@ from cluster.gateway_generate import Generations
 from cluster.gateway_health import DeploymentHealth, Health
 from cluster.gateway_load import OpenRequests
 from cluster.gateway_vllm import vllm_config_of
+from cluster.grpc_bridge import Bridge, BridgeServer
 from cluster.grpc_vllm_engine import VllmEngine
 from cluster.validate import Limits
 from experts.errors import ServingError
@@ -167,16 +168,16 @@ async def serving(model: Model) -> AsyncIterator[Served]:
         checkpoint=str(model.folder),
         model=model.config.model_config,
     )
-    server = grpc.aio.server()
-    pb_grpc.add_VllmEngineServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    bridge = Bridge(asyncio.get_running_loop(), lambda details: None)
+    pb_grpc.add_VllmEngineServicer_to_server(service, bridge)
+    server = BridgeServer(bridge)
+    port = server.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = pb_grpc.VllmEngineStub(channel)
         served = Served(stub=stub, engine=engine, service=service, replicas=replicas, load=load, draining=draining)
         yield served
         assert await served.is_idle(), "something of a request is left"
-    await server.stop(None)
+    await server.stop(0.0)
 
 
 async def rest_of(call: grpc.aio.UnaryStreamCall) -> list[pb.GenerateResponse]:
