@@ -13,6 +13,7 @@ from cluster.controller import Controller
 from cluster.exporter import Publisher
 from cluster.ingress import Gateway
 from deploy.config import DeploymentConfig, PlacementConfig, Resolved, pinned, resolve
+from deploy.sizing import CONTROLLER_CPUS
 from experts.config import ExpertsConfig, Settings
 from experts.group import ExpertGroup
 from experts.served_model import ServedModel
@@ -22,7 +23,6 @@ from router.service import Router
 _Section = TypeVar("_Section", bound=Settings)
 
 APP_NAME = "expertmesh"
-CONTROLLER_CPUS = 0.1
 GRACE_S = 5.0  # for a replica that has no streams to finish
 DRAIN_MARGIN_S = 5.0  # Serve ends a replica that takes longer; it has told its clients by then
 ELASTIC_GATEWAY = ("max_open_requests", "drain_timeout_s")
@@ -180,7 +180,7 @@ def _where(
     section: GatewayConfig | RouterConfig | AttentionConfig | ExpertsConfig, labels: dict[str, str], num_gpus: float = 0
 ) -> dict[str, object]:
     """What a replica books, on which nodes, and how many of them on one."""
-    options = {"ray_actor_options": _booked(section.num_cpus, labels, num_gpus=num_gpus)}
+    options: dict[str, object] = {"ray_actor_options": _booked(section.num_cpus, labels, num_gpus=num_gpus)}
     most = section.max_replicas_per_node
     return options if most is None else {**options, "max_replicas_per_node": most}
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy import make_checkpoint, parity
+from deploy import make_checkpoint, parity, render
 from deploy.config import DEFAULT_CONFIG, DeploymentConfig, check_machine, load, resolve, state_dir
 from deploy.door import Door
 from deploy.local import LocalCluster, RunningCluster
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     make_checkpoint.add_arguments(
         _command(commands, "make-checkpoint", make_checkpoint.run, "write a small random checkpoint, for tests")
     )
+    render.add_arguments(_command(commands, "render", render.run, "print the Kubernetes manifests of a deployment"))
     return parser
 
 

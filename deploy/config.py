@@ -17,6 +17,7 @@ from cluster.autoscale_config import AutoscaleConfig
 from cluster.config import AttentionConfig, GatewayConfig
 from cluster.exporter import MetricsConfig
 from cluster.keys import Keys
+from deploy.sizing import ENGINE_BYTES, PROCESS_BYTES, RAY_BYTES
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.config import ExpertsConfig, ModelConfig, Settings
 from experts.errors import ConfigError
@@ -175,10 +176,10 @@ def memory_needed(resolved: Resolved) -> int:
     stored = sum(entry.file.stat().st_size for entry in {e.file: e for e in checkpoint.tensors.values()}.values())
     rest = max(stored - bytes_needed(checkpoint, shape.num_experts, checkpoint.dtype), 0)
     rest *= getattr(torch, resolved.dtype).itemsize / checkpoint.dtype.itemsize
-    attention = config.attention.most_replicas * (rest + (config.attention.kv_cache_mib << 20) + (1400 << 20))
+    attention = config.attention.most_replicas * (rest + (config.attention.kv_cache_mib << 20) + ENGINE_BYTES)
     _, copies = config.expert_copies
     processes = config.experts.groups * copies + config.router.replicas
-    return int(routed * copies + attention + processes * (350 << 20) + (1500 << 20))
+    return int(routed * copies + attention + processes * PROCESS_BYTES + RAY_BYTES)
 
 
 def _check_lengths(config: DeploymentConfig, checkpoint: Checkpoint) -> None:

@@ -44,10 +44,8 @@ class LoadedGroup:
         shape = checkpoint.shape
         held = shape.home_experts(group, model.num_groups)
         check_memory(checkpoint, len(held), model.torch_dtype, on_gpu=config.num_gpus > 0)
-        weights = load_group(checkpoint, held, model.torch_dtype, on_progress=_progress(group))
-        if config.num_gpus > 0:
-            for layer in weights:
-                weights[layer] = weights[layer].to(torch.device("cuda"))
+        device = torch.device("cuda") if config.num_gpus > 0 else None
+        weights = load_group(checkpoint, held, model.torch_dtype, on_progress=_progress(group), device=device)
         return cls(
             model=model,
             group=group,

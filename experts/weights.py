@@ -85,13 +85,18 @@ def load_group(
     experts: Sequence[int],
     dtype: torch.dtype,
     on_progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> dict[int, LayerWeights]:
-    """Reads the experts of one group in every MoE layer: layer -> LayerWeights. Raises as read_experts does."""
+    """Reads the experts of one group in every MoE layer: layer -> LayerWeights. Raises as read_experts does.
+
+    device: where each layer goes before the next one is read, so that the host has room for one only; None: the host.
+    """
     total = bytes_needed(checkpoint, len(experts), dtype)
     loaded: dict[int, LayerWeights] = {}
     done = 0
     for layer in checkpoint.shape.moe_layers:
-        loaded[layer] = read_experts(checkpoint, experts, layer, dtype)
+        weights = read_experts(checkpoint, experts, layer, dtype)
+        loaded[layer] = weights if device is None else weights.to(device)
         done += loaded[layer].size_bytes
         if on_progress is not None:
             on_progress(done, total)
