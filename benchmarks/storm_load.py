@@ -147,7 +147,11 @@ async def run(request: Request) -> dict[str, object]:
         case other:
             raise ValueError(f"unknown request {other!r}")
     await storm.close()
-    return dataclasses.asdict(storm.outcome)
+    # Not asdict, which makes a Counter of a Counter's items.
+    return {
+        **dataclasses.asdict(dataclasses.replace(storm.outcome, codes=Counter())),
+        "codes": dict(storm.outcome.codes),
+    }
 
 
 if __name__ == "__main__":

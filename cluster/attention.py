@@ -15,6 +15,8 @@ from cluster.continuation import ReplicaLost
 from cluster.engine_link import EngineLinkOptions
 from cluster.exporter import OFF, Publisher
 from cluster.metrics import AttentionMetrics
+from cluster.traces import follow, set_up, shut_down, take_traceparent
+from cluster.traces_config import TracesConfig
 from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
 from experts.errors import GroupUnavailable, RequestError
 from experts.gently import gently
@@ -44,6 +46,7 @@ class Attention:
         config: AttentionConfig,
         max_model_len: int,
         publisher: Publisher,
+        traces: TracesConfig | None = None,
     ) -> None:
         set_up_logs()
         prepare_environment(threads=config.threads)
@@ -57,11 +60,13 @@ class Attention:
         self._member_id, self._node_id, self._pid = own_ids()
         self._incarnation = fresh_incarnation()
         self._requests = 0
+        traces = traces or TracesConfig()
         arguments = engine_arguments(
-            model, config, max_model_len=max_model_len, member_id=self._member_id, publisher=publisher
+            model, config, max_model_len=max_model_len, member_id=self._member_id, publisher=publisher, traces=traces
         )
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))  # type: ignore[arg-type]
         publisher(self._member_id, AttentionMetrics(lambda: self._requests))
+        set_up(traces, "attention", self._member_id)
         self._lease = Lease(controller, self._describe)
         self._lease.start()
 
@@ -77,9 +82,11 @@ class Attention:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._requests += 1
+        traceparent = take_traceparent(prompt)
         try:
             # Closed here and not by the garbage collector: only then is the request aborted at once.
             outputs = self._engine.generate(prompt, sampling_params, request_id)  # type: ignore[arg-type]
+            outputs = follow(outputs, traceparent, request_id)
             async with aclosing(outputs):
                 async for output in outputs:
                     _raise_if_poisoned(output)
@@ -116,6 +123,7 @@ class Attention:
         if hasattr(self, "_lease"):
             self._lease.stop()
             self._engine.shutdown()
+            shut_down()
 
     def _describe(self) -> Member:
         return Member(
@@ -148,7 +156,13 @@ def prepare_environment(*, threads: int) -> None:
 
 
 def engine_arguments(
-    model: ServedModel, config: AttentionConfig, *, max_model_len: int, member_id: str, publisher: Publisher = OFF
+    model: ServedModel,
+    config: AttentionConfig,
+    *,
+    max_model_len: int,
+    member_id: str,
+    publisher: Publisher = OFF,
+    traces: TracesConfig | None = None,
 ) -> dict[str, object]:
     """Keyword arguments of vLLM's engine; the same for a replica, a test and a benchmark."""
     link = EngineLinkOptions(
@@ -161,6 +175,7 @@ def engine_arguments(
         step_timeout_s=config.step_timeout_s,
         start_timeout_s=config.start_timeout_s,
         publisher=publisher,
+        traces=traces or TracesConfig(),
     )
     return {
         **plain_engine_arguments(model, max_model_len=max_model_len, kv_cache_mib=config.kv_cache_mib),

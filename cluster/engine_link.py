@@ -1,15 +1,17 @@
 """From the options that an attention replica gives its engine to a client of the node's router."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Self, cast
 
 import torch
 
 from cluster.exporter import OFF, Publisher
 from cluster.metrics import ENGINE
-from cluster.router_client import RouterAddress, RouterClient
+from cluster.router_client import RouterAddress, RouterClient, TracedRouterClient
 from cluster.step import CURRENT
+from cluster.traces import set_up_steps
+from cluster.traces_config import TracesConfig
 from experts.checkpoint import open_checkpoint
 from experts.compute_cpu import kernel_truncates
 from experts.handshake import Identity, Role, fresh_incarnation, model_fingerprint, read_secret
@@ -30,15 +32,17 @@ class EngineLinkOptions:
     step_timeout_s: float
     start_timeout_s: float
     publisher: Publisher = OFF
+    traces: TracesConfig = field(default_factory=TracesConfig)
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return {**asdict(self), "traces": self.traces.model_dump()}
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Self:
         """From `as_dict`."""
         publisher = Publisher(**cast("dict[str, object]", options["publisher"]))  # type: ignore[arg-type]
-        return cls(**{**options, "publisher": publisher})  # type: ignore[arg-type]
+        traces = TracesConfig.model_validate(options["traces"])
+        return cls(**{**options, "publisher": publisher, "traces": traces})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,10 @@ def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
             checkpoint.fingerprint, dtype=str(dtype).removeprefix("torch."), num_groups=given.num_groups
         ),
     )
-    client = RouterClient(
+    tracer = set_up_steps(given.traces, given.member_id)
+    if tracer is not None:
+        CURRENT.trace_with(tracer)
+    client = (RouterClient if tracer is None else TracedRouterClient)(
         RouterAddress(address=given.router_address, secret=read_secret(given.secret_file), identity=identity),
         Limits.of(shape, max_rows=given.max_rows),
         CURRENT,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cluster.continuation import NotContinued, ReplicaLost, Told
 from cluster.gateway_errors import Overloaded
 from cluster.gateway_run import Engine
+from cluster.request_log import tell
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -52,12 +53,15 @@ class ContinuingEngine:
         losses = 0
         for attempt in count():
             engine_id = f"{request_id}.{attempt}" if attempt else request_id
+            if attempt:
+                tell("attention.asked_again", attempt=attempt, tokens=told.num_tokens)
             outputs = self._engine.generate(prompt, told.begin(), engine_id)
             try:
                 while (output := await _next(outputs, outage, params)) is not None:
                     if outage is not None:
                         self.continued += 1
                         log.info("request goes on", extra={"request": engine_id, "tokens": told.num_tokens})
+                        tell("attention.continued", attempt=attempt, tokens=told.num_tokens)
                         outage = None
                     output.request_id = request_id
                     if (new := told.new_in(output)) is not None:
@@ -70,6 +74,7 @@ class ContinuingEngine:
                     losses += 1
                     outage = _Outage(self._patience)
                     log.warning("attention replica lost", extra={"request": engine_id, "tokens": told.num_tokens})
+                    tell("attention.lost", attempt=attempt, tokens=told.num_tokens)
                 if losses > self._patience.max_losses or not await outage.pause():
                     self.given_up += 1
                     raise

@@ -30,6 +30,7 @@ from cluster.gateway_load import OpenRequests
 from cluster.gateway_schema import SchemaCheck
 from cluster.gateway_vllm import ADMISSION, Admission, new_request_id
 from cluster.metrics import GATEWAY
+from cluster.traces import continue_from
 from cluster.validate import REQUEST_ID, Limits, check_request_id
 from experts.errors import RequestError, ServingError
 
@@ -85,6 +86,7 @@ class Guard:
         if scope.get("path") not in GENERATIONS or scope.get("method") == "OPTIONS":
             await self._answer(scope, receive, answer)
             return
+        continue_from(scope["headers"])
         with GATEWAY.request("http") as counted:
             try:
                 with self._load.one_more():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cluster.metrics import GATEWAY
 from cluster.request_log import RECORD
+from cluster.traces import TRACEPARENT
 from experts.errors import DeadlineExceeded, ServingError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Engine(Protocol):
     ) -> AsyncGenerator["RequestOutput", None]:
         """Yields outputs as `params.output_kind` says, the last one with `finished` set.
 
-        prompt: `prompt_token_ids`, list of token ids.
+        prompt: `prompt_token_ids`, list of token ids; and `traceparent` of a request that is traced.
         request_id: unique among all requests in flight.
         Closing or cancelling the generator aborts the request. Raises ServingError and RequestError.
         """
@@ -45,9 +46,12 @@ async def run(
     # An answer in one piece does not say when its tokens were made.
     clock = None if params.output_kind.name == "FINAL_ONLY" else GATEWAY.stream()
     record = RECORD.get()
+    prompt: dict[str, object] = {"prompt_token_ids": prompt_token_ids}
     if record is not None:
         record.on_start(request_id, prompt_token_ids)
-    outputs = engine.generate({"prompt_token_ids": prompt_token_ids}, params, f"{request_id}-{uuid.uuid4().hex[:8]}")
+        if record.span is not None:
+            prompt[TRACEPARENT] = record.span.traceparent
+    outputs = engine.generate(prompt, params, f"{request_id}-{uuid.uuid4().hex[:8]}")
     try:
         finished = False
         while not finished:

@@ -20,6 +20,7 @@ from cluster.gateway_errors import refusal_of
 from cluster.grpc_answer import trailers_of
 from cluster.grpc_call import Call
 from cluster.grpc_wire import serving
+from cluster.traces import continue_from
 from experts.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ def _no_message(_: Message) -> bytes:
 async def _run(serve: Serve, call: Call) -> None:
     """However it ends, the RPC ends with it."""
     try:
+        continue_from(call.invocation_metadata())
         call.finish(await serve(call))
     except grpc.aio.AbortError:  # it has ended with a status
         pass

@@ -25,6 +25,8 @@ from cluster.gateway_errors import Overloaded
 from cluster.gateway_health import DeploymentHealth, Health, Json
 from cluster.keys import Keys
 from cluster.metrics import GATEWAY
+from cluster.traces import set_up, shut_down
+from cluster.traces_config import TracesConfig
 from experts.errors import GroupUnavailable, ServingError
 from experts.logs import set_up_logs
 from experts.member import own_ids
@@ -86,6 +88,7 @@ class Gateway:
         drops_rows: bool = False,
         keep: Sequence[DeploymentHandle] = (),
         publisher: Publisher = OFF,
+        traces: TracesConfig | None = None,
     ) -> None:
         """attention: offers `generate(prompt, params, request_id)`, streaming RequestOutput.
 
@@ -105,7 +108,9 @@ class Gateway:
         loop = asyncio.get_running_loop()
         GATEWAY.tasks = lambda: len(asyncio.all_tasks(loop))
         GATEWAY.failovers = lambda: {"continued": engine.continued, "given_up": engine.given_up}
-        publisher(own_ids()[0], GATEWAY)
+        member_id = own_ids()[0]
+        publisher(member_id, GATEWAY)
+        set_up(traces or TracesConfig(), "gateway", member_id, model=model.served_name)
         self._doors = doors = Doors(config, keys)
         health = Health(
             _deployments,
@@ -130,6 +135,7 @@ class Gateway:
         if hasattr(self, "_drain_timeout_s"):
             await self._doors.drain(self._drain_timeout_s)
             await self._front.schemas.close()
+            await asyncio.to_thread(shut_down)
 
 
 async def _deployments() -> dict[str, DeploymentHealth]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cluster.metrics import ENGINE, EngineMetrics
-from cluster.step import Step
+from cluster.step import Step, Trip
 from experts.compute_cpu import kernel_truncates
 from experts.errors import LinkError
 from experts.handshake import Identity
@@ -165,6 +165,35 @@ class RouterClient:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+class TracedRouterClient(RouterClient):
+    """The same, and it writes down the trips of the steps that are traced."""
+
+    _begun_ns = _sent_ns = 0  # of the newest question, on time.time_ns()
+
+    def ask(self, layer: int, x: Tensor, logits: Tensor, *, scale: float) -> None:
+        if self._step.trips is None:
+            super().ask(layer, x, logits, scale=scale)
+            return
+        self._begun_ns = time.time_ns()
+        super().ask(layer, x, logits, scale=scale)
+        self._sent_ns = time.time_ns()
+
+    def answer(self, like: Tensor) -> Tensor:
+        trips, asked = self._step.trips, self._asked
+        y = super().answer(like)
+        if trips is not None and asked is not None:
+            trip = Trip(
+                layer=asked.header.layer,
+                num_rows=asked.header.num_rows,
+                begun_ns=self._begun_ns,
+                ended_ns=time.time_ns(),
+                dispatch_s=(self._sent_ns - self._begun_ns) / 1e9,
+                wait_s=self._metrics.wait_notes[-1],
+            )
+            trips.append(trip)
+        return y
 
 
 def _view(tensor: Tensor) -> memoryview:

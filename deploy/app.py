@@ -58,7 +58,7 @@ def build(args: dict[str, object]) -> Application:
         "attention",
         num_cpus=config.attention.num_cpus,
         max_ongoing_requests=4 * config.attention.max_num_seqs,
-    ).bind(controller, model, config.attention, config.model.max_model_len, publisher)
+    ).bind(controller, model, config.attention, config.model.max_model_len, publisher, traces=config.traces)
     gateway = config.gateway
     served = GatewayModel(
         checkpoint=model.checkpoint,
@@ -75,6 +75,7 @@ def build(args: dict[str, object]) -> Application:
         # A Serve application is what its ingress refers to; the gateway itself never calls these.
         keep=[router, *groups],
         publisher=publisher,
+        traces=config.traces,
     )
 
 

@@ -17,6 +17,7 @@ from cluster.autoscale_config import AutoscaleConfig
 from cluster.config import AttentionConfig, GatewayConfig
 from cluster.exporter import MetricsConfig
 from cluster.keys import Keys
+from cluster.traces_config import TracesConfig
 from deploy.sizing import ENGINE_BYTES, PROCESS_BYTES, RAY_BYTES
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.config import ExpertsConfig, ModelConfig, Settings
@@ -51,6 +52,7 @@ class DeploymentConfig(Settings):
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     autoscale: AutoscaleConfig = Field(default_factory=AutoscaleConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    traces: TracesConfig = Field(default_factory=TracesConfig)
     placement: PlacementConfig = Field(default_factory=PlacementConfig)
 
     @property

@@ -167,7 +167,7 @@ def the_service_selects_by_the_operators_label(documents: list[dict]):
 
 @fault("references", "no-service-port")
 def the_service_sends_clients_to_experts(documents: list[dict]):
-    del object_of(documents, "Service", "expertmesh")["spec"]["selector"]["moe-role"]
+    object_of(documents, "Service", "expertmesh")["spec"]["selector"] = {"app.kubernetes.io/part-of": "expertmesh"}
 
 
 @fault("references", "no-service-port")
