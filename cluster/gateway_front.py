@@ -3,12 +3,14 @@
 from functools import partial
 from importlib.metadata import version
 
+import grpc
 from grpc_health.v1 import health_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from starlette.types import ASGIApp
 from tritonclient.grpc import service_pb2_grpc
 
 from cluster.config import GatewayConfig, GatewayModel
+from cluster.gateway_errors import Overloaded
 from cluster.gateway_generate import Generations
 from cluster.gateway_health import Health
 from cluster.gateway_http import build_http_app
@@ -21,8 +23,19 @@ from cluster.grpc_health import HEALTH, HealthService
 from cluster.grpc_inference import INFERENCE, Inference, model_info_of
 from cluster.grpc_kserve import KSERVE, KServe, ServedModel
 from cluster.grpc_vllm_engine import VLLM_ENGINE, VllmEngine
+from cluster.metrics import GATEWAY
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 from cluster.validate import Limits
+
+# RPCs that are one generation each; ModelStreamInfer refuses on its stream.
+GENERATIONS = frozenset(
+    {
+        f"/{INFERENCE}/Generate",
+        f"/{INFERENCE}/GenerateStream",
+        f"/{KSERVE}/ModelInfer",
+        f"/{VLLM_ENGINE}/Generate",
+    }
+)
 
 
 class Front:
@@ -98,4 +111,14 @@ class Front:
             partial(vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server, engine),
             partial(health_pb2_grpc.add_HealthServicer_to_server, health),
         )
-        return Services(names=(*names, HEALTH), add=add)
+        return Services(names=(*names, HEALTH), add=add, check=partial(_refuse_overload, self.load))
+
+
+def _refuse_overload(load: OpenRequests, details: grpc.HandlerCallDetails) -> None:
+    """On gRPC's thread, so that a refusal does not wait for the loop. Raises Overloaded."""
+    if details.method in GENERATIONS:
+        try:
+            load.check()
+        except Overloaded:
+            GATEWAY.refused_rpcs += 1
+            raise

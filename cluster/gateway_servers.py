@@ -9,7 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from cluster.config import GatewayConfig
 from cluster.gateway_keys import MAX_HEADER_BYTES, KeyedApp, KeyedServices
-from cluster.grpc_bridge import Bridge, BridgeServer
+from cluster.grpc_bridge import Bridge, BridgeServer, Check
 from cluster.keys import Keys
 from experts.errors import ConfigError
 
@@ -82,6 +82,7 @@ class Services:
 
     names: tuple[str, ...]  # full names, for reflection
     add: Sequence[Callable[[Bridge], object]]
+    check: Check = field(default=lambda details: None)  # of an RPC, once its key has been judged
 
     def add_all(self, bridge: Bridge) -> None:
         """All of them, and reflection."""
@@ -123,7 +124,7 @@ class Doors:
             log.warning("not all of the gateway's servers ended in time", extra={"left": len(left)})
 
     def _open_grpc(self, services: Services) -> BridgeServer:
-        bridge = Bridge(asyncio.get_running_loop(), KeyedServices(self._keys).check)
+        bridge = Bridge(asyncio.get_running_loop(), (KeyedServices(self._keys).check, services.check))
         services.add_all(bridge)
         server = BridgeServer(bridge, _grpc_options(self._config))
         address = f"{self._config.grpc_host}:{self._config.grpc_port}"

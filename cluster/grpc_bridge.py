@@ -21,7 +21,7 @@ from cluster.grpc_answer import trailers_of
 from cluster.grpc_call import Call
 from cluster.grpc_wire import serving
 from cluster.traces import continue_from
-from experts.errors import RequestError
+from experts.errors import RequestError, ServingError
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ _THREAD = "_serve"  # in the name of grpc's own thread
 class Bridge(grpc.GenericRpcHandler):
     """What services are added to, in the place of a server, and where a server finds them."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, check: Check) -> None:
-        """check: judges an RPC before anything of it is read; called on grpc's thread. Raises RequestError."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, checks: Sequence[Check]) -> None:
+        """checks: each judges an RPC before anything of it is read, on grpc's thread. They raise errors of ours."""
         self._loop = loop
-        self._check = check
+        self._checks = checks
         self._added: list[grpc.GenericRpcHandler] = []
         self._known: dict[str, grpc.RpcMethodHandler] = {}
         self._open: set[asyncio.Task[None]] = set()
@@ -51,8 +51,9 @@ class Bridge(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         """On grpc's thread. None: there is no such method."""
         try:
-            self._check(handler_call_details)
-        except RequestError as exc:
+            for check in self._checks:
+                check(handler_call_details)
+        except (RequestError, ServingError) as exc:
             return _handler(partial(self._refuse, exc))
         method = handler_call_details.method
         if method not in self._known:
@@ -67,8 +68,8 @@ class Bridge(grpc.GenericRpcHandler):
         if self._open:
             await asyncio.wait(self._open, timeout=timeout_s)
 
-    def _refuse(self, exc: RequestError, context: grpc.ServicerContext) -> None:
-        """On grpc's thread, so that a flood of those without a key costs the loop nothing."""
+    def _refuse(self, exc: RequestError | ServingError, context: grpc.ServicerContext) -> None:
+        """On grpc's thread, so that a flood of RPCs that are refused costs the loop nothing."""
         refusal = refusal_of(exc)
         Call(context, self._loop, _no_message).end(refusal.grpc_code, refusal.sentence, trailers_of(refusal))
 

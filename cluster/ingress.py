@@ -7,6 +7,7 @@ by the replica's constructor.
 import asyncio
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
@@ -34,6 +35,9 @@ from experts.member import own_ids
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
+
+
+SWITCH_INTERVAL_S = 0.001  # after which gRPC's thread and the event loop let each other run; Python's own 5 ms add up
 
 
 class HandleEngine:
@@ -102,6 +106,7 @@ class Gateway:
         from cluster.gateway_servers import Doors
 
         set_up_logs()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         keys = Keys(()) if config.auth == "none" else Keys.read(config.keys_file)
         engine = ContinuingEngine(HandleEngine(attention), drops_rows=drops_rows)
         GATEWAY.log_detail = config.log_requests

@@ -161,6 +161,7 @@ class GatewayMetrics:
         self.failovers: Callable[[], Mapping[str, int]] = dict  # by outcome; the gateway's engine knows
         self.log_detail: Detail = "facts"
         self.tasks: Callable[[], int] = lambda: 0  # on the event loop; the gateway knows
+        self.refused_rpcs = 0  # overload, at once; counted on gRPC's thread
         self._open = 0
         self._outcomes: Counter[tuple[str, str]] = Counter()
 
@@ -182,7 +183,9 @@ class GatewayMetrics:
     def collect(self) -> Iterable[Metric]:
         yield OPEN_REQUESTS.one(self._open)
         yield GATEWAY_TASKS.one(self.tasks())
-        yield REQUESTS.family({**dict.fromkeys(product(SURFACES, OUTCOMES), 0), **self._outcomes}.items())
+        outcomes = {**dict.fromkeys(product(SURFACES, OUTCOMES), 0), **self._outcomes}
+        outcomes["grpc", "overloaded"] += self.refused_rpcs
+        yield REQUESTS.family(outcomes.items())
         yield FIRST_TOKEN_SECONDS.one(self.first_token)
         yield INTER_TOKEN_SECONDS.one(self.inter_token)
         yield FAILOVERS.by_label(self.failovers(), ("continued", "given_up"))

@@ -151,8 +151,9 @@ class Front:
         self.loop.close()
 
     async def _serve(self) -> None:
-        bridge = Bridge(self.loop, lambda details: None)
-        self.whole.services().add_all(bridge)
+        services = self.whole.services()
+        bridge = Bridge(self.loop, (services.check,))
+        services.add_all(bridge)
         self._server = BridgeServer(bridge)
         port = self._server.start("127.0.0.1:0")
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")

@@ -100,7 +100,10 @@ def test_overrides_win_over_the_file(file: Path) -> None:
         ("gateway: {http_host: 3}", "gateway.http_host is 3"),
         ("model: {dtype: int8}", "model.dtype is 'int8': input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ("attention: {step_timeout_s: 0}", "attention.step_timeout_s is 0"),
-        ("- experts", "must hold sections (model, gateway, attention, router, experts, autoscale, metrics, traces, placement)"),
+        (
+            "- experts",
+            "must hold sections (model, gateway, attention, router, experts, autoscale, metrics, traces, placement)",
+        ),
         ("experts: [", "is not YAML"),
     ],
 )

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.gateway_guard import ROUTES
 from cluster.grpc_inference import INFERENCE
+from cluster.metrics import GATEWAY
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from experts.errors import DeadlineExceeded, GroupUnavailable
 
@@ -148,6 +149,21 @@ def test_the_same_request_gets_the_same_verdict_and_parameters_everywhere(
         assert (http.status_code, rpc.code) == (400, grpc.StatusCode.INVALID_ARGUMENT)
         assert http.json()["error"]["message"] == rpc.details
         assert rpc.details.startswith(http.json()["error"]["param"])
+
+
+def test_beyond_the_limit_every_surface_refuses_at_once_and_says_when_to_come_back(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = GATEWAY.refused_rpcs
+    monkeypatch.setattr(front.whole.load, "limit", 0)
+    _, unary = front.generate(prompt="hi")
+    _, stream = front.stream(prompt="hi")
+    assert (unary.code, unary.trailers["retry-after"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "1")
+    assert stream.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert GATEWAY.refused_rpcs == before + 2  # on gRPC's thread, before the loop has heard of them
+    answer = front.post("/v1/completions", prompt="hi")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert front.check("")[1].code is grpc.StatusCode.OK  # health is no generation
 
 
 def test_an_unknown_model_is_not_found(front: Front) -> None:

@@ -51,7 +51,7 @@ class Served:
 async def served() -> AsyncIterator[Served]:
     """Nothing of any RPC is left at the end, with us or with grpc."""
     numbers = Numbers()
-    bridge = Bridge(asyncio.get_running_loop(), check)
+    bridge = Bridge(asyncio.get_running_loop(), (check,))
     bridge.add_generic_rpc_handlers((handlers_of(numbers),))
     server = BridgeServer(bridge)
     address = f"127.0.0.1:{server.start('127.0.0.1:0')}"

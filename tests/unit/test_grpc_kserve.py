@@ -151,7 +151,7 @@ async def served(renderer: BaseRenderer) -> AsyncIterator[Served]:
         load=OpenRequests(100),
         model=ServedModel(name="nano", max_model_len=CONTEXT, server_version="1.2"),
     )
-    bridge = Bridge(asyncio.get_running_loop(), lambda details: None)
+    bridge = Bridge(asyncio.get_running_loop(), ())
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, bridge)
     server = BridgeServer(bridge, [("grpc.max_receive_message_length", 1 << 20)])
     port = server.start("127.0.0.1:0")

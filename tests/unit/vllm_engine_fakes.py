@@ -168,7 +168,7 @@ async def serving(model: Model) -> AsyncIterator[Served]:
         checkpoint=str(model.folder),
         model=model.config.model_config,
     )
-    bridge = Bridge(asyncio.get_running_loop(), lambda details: None)
+    bridge = Bridge(asyncio.get_running_loop(), ())
     pb_grpc.add_VllmEngineServicer_to_server(service, bridge)
     server = BridgeServer(bridge)
     port = server.start("127.0.0.1:0")
