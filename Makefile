@@ -40,7 +40,7 @@ format: setup ## put the code into its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: setup ## every test (17 minutes on two cores)
+test: setup ## every test (24 minutes on two cores)
 	$(BIN)/pytest
 
 serve: setup ## a cluster on this machine, until Ctrl-C
