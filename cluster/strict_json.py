@@ -3,6 +3,7 @@
 import json
 from typing import NoReturn
 
+from cluster.validate import has_lone_surrogate
 from experts.errors import RequestError
 
 MAX_DEPTH = 32
@@ -64,7 +65,8 @@ class _Reader:
             below: list[tuple[str | None, object]] = []
             for field, item in level:
                 if isinstance(item, str):
-                    self._check_text(item, field)
+                    if has_lone_surrogate(item):
+                        self._refuse("is not valid Unicode (it contains half a surrogate pair)", field)
                     continue
                 if depth > MAX_DEPTH:
                     self._refuse(f"is nested more than {MAX_DEPTH} levels deep", field)
@@ -77,12 +79,6 @@ class _Reader:
                     self._count(1)
                     below += [(field, inner) for inner in item if isinstance(inner, _DEEPER)]
             level, depth = below, depth + 1
-
-    def _check_text(self, text: str, field: str | None) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self._refuse("is not valid Unicode (it contains half a surrogate pair)", field)
 
     def _count(self, containers: int) -> None:
         self._containers += containers

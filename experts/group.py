@@ -39,7 +39,7 @@ class ExpertGroup:
         set_up_logs()
         # More often than not, streams go on beside it: those of the copy that this one replaces.
         loaded = gently(lambda: _load(model, config, group))
-        _set_threads(config.threads)
+        _set_threads(config.threads)  # here, too: OpenMP keeps the number for each thread
         self._member_id, self._node_id, self._pid = own_ids()
         self._group = group
         self._held = loaded.held

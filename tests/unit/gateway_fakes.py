@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -224,6 +224,14 @@ class Front:
 
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.request("POST", path, json=body)
+
+
+def a_front(folder: Path) -> Iterator[Front]:
+    """For fixtures: one over a model that is written into the folder, closed at the end."""
+    write_model(folder)
+    front = Front(folder)
+    yield front
+    front.close()
 
 
 def write_model(folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from gateway_fakes import CONTEXT, FakeEngine, Front, write_model
+from gateway_fakes import CONTEXT, FakeEngine, Front, a_front
 from starlette.types import Receive, Scope, Send
 
 from cluster.gateway_guard import ROUTES
@@ -17,11 +17,7 @@ from experts.errors import DeadlineExceeded, GroupUnavailable
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    front = Front(folder)
-    yield front
-    front.close()
+    yield from a_front(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

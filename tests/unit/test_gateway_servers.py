@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import httpx
 import pytest
-from gateway_fakes import Front, write_model
+from gateway_fakes import Front, a_front
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -35,11 +35,7 @@ FORGED_HOSTS = ("x/health?y=", "a/?x=", "#", "", "127.0.0.1/health", "health")
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    front = Front(folder)
-    yield front
-    front.close()
+    yield from a_front(tmp_path_factory.mktemp("model"))
 
 
 class Open:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from families import values
-from gateway_fakes import FakeEngine, Front, write_model
+from gateway_fakes import FakeEngine, Front, a_front
 
 from cluster.metrics import GATEWAY
 from experts.errors import GroupUnavailable
@@ -13,11 +13,7 @@ from experts.errors import GroupUnavailable
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    front = Front(folder)
-    yield front
-    front.close()
+    yield from a_front(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 
 import grpc.aio
 import pytest
-from gateway_fakes import FakeEngine, Front, write_model
+from gateway_fakes import FakeEngine, Front, a_front
 from opentelemetry.trace import StatusCode
 from pydantic import ValidationError
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
@@ -38,11 +38,7 @@ NO_TRACEPARENT = ["", "nonsense", SAMPLED + "0" * 200, SAMPLED.replace("4bf9", "
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    front = Front(folder)
-    yield front
-    front.close()
+    yield from a_front(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
