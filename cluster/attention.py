@@ -174,6 +174,7 @@ def engine_arguments(
         member_id=member_id,
         step_timeout_s=config.step_timeout_s,
         start_timeout_s=config.start_timeout_s,
+        niceness=config.niceness,
         publisher=publisher,
         traces=traces or TracesConfig(),
     )

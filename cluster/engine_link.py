@@ -31,6 +31,7 @@ class EngineLinkOptions:
     member_id: str
     step_timeout_s: float
     start_timeout_s: float
+    niceness: int = 0  # of the threads that compute
     publisher: Publisher = OFF
     traces: TracesConfig = field(default_factory=TracesConfig)
 
@@ -54,12 +55,11 @@ class EngineLink:
     publish: Callable[[], object]  # the engine's metrics, from now on
 
 
-def open_link(options: Mapping[str, object], dtype: torch.dtype) -> EngineLink:
+def open_link(given: EngineLinkOptions, dtype: torch.dtype) -> EngineLink:
     """A client that is not connected yet. dtype: of the engine's hidden states.
 
     Raises ConfigError for a checkpoint or a secret that cannot be read.
     """
-    given = EngineLinkOptions.of(options)
     checkpoint = open_checkpoint(given.checkpoint)
     shape = checkpoint.shape
     kernel_truncates(dtype)  # found out here, where a failure is a failed start and not a failed step

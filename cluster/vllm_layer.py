@@ -21,8 +21,9 @@ from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExp
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from cluster.engine_link import EngineLink, open_link
+from cluster.engine_link import EngineLink, EngineLinkOptions, open_link
 from cluster.vllm_plugin import LOAD_FORMAT
+from experts.gently import give_way
 from experts.shape import MoEShape
 
 # `.experts.<n>.` and fused `.experts.gate_up_proj`; `.shared_experts.` is not one of them.
@@ -81,10 +82,12 @@ class RemoteExpertsLoader(DefaultModelLoader):
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         check_config(vllm_config)
-        model = super().load_model(vllm_config, model_config, prefix)
-        link = open_link(
-            cast("dict[str, dict[str, object]]", vllm_config.additional_config)["expertmesh"], model_config.dtype
+        options = EngineLinkOptions.of(
+            cast("dict[str, dict[str, object]]", vllm_config.additional_config)["expertmesh"]
         )
+        give_way(options.niceness)  # before anything computes: threads take it over from the one that starts them
+        model = super().load_model(vllm_config, model_config, prefix)
+        link = open_link(options, model_config.dtype)
         check_model(model, link.shape)
         limit_steps(vllm_config, link.max_rows)
         link.client.connect(timeout_s=link.start_timeout_s)

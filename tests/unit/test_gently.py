@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from experts.gently import NICENESS, gently
+from experts.gently import NICENESS, gently, give_way
 
 
 def niceness() -> int:
@@ -24,3 +24,20 @@ def test_what_the_work_raises_reaches_who_asked_for_it() -> None:
 
     with pytest.raises(SystemExit):
         gently(fail)
+
+
+def test_who_gives_way_does_so_with_the_threads_it_starts_and_never_goes_back() -> None:
+    found: list[int] = []
+
+    def engine() -> None:
+        give_way(niceness() + 2)
+        give_way(0)
+        computes = threading.Thread(target=lambda: found.append(niceness()))
+        computes.start()
+        computes.join()
+
+    before = niceness()
+    thread = threading.Thread(target=engine)
+    thread.start()
+    thread.join()
+    assert found == [min(before + 2, 19)] and niceness() == before
