@@ -9,74 +9,27 @@ import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import cast
 
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve._private.common import DeploymentStatus, ReplicaState
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
+from cluster.attention_calls import HandleEngine
 from cluster.config import GatewayConfig, GatewayModel
-from cluster.continuation import ReplicaLost
 from cluster.exporter import OFF, Publisher
-from cluster.gateway_errors import Overloaded
 from cluster.gateway_health import DeploymentHealth, Health, Json
 from cluster.keys import Keys
 from cluster.metrics import GATEWAY
 from cluster.traces import set_up, shut_down
 from cluster.traces_config import TracesConfig
-from experts.errors import GroupUnavailable, ServingError
+from experts.errors import ServingError
 from experts.logs import set_up_logs
 from experts.member import own_ids
 
-if TYPE_CHECKING:
-    from vllm.outputs import RequestOutput
-    from vllm.sampling_params import SamplingParams
-
-
 SWITCH_INTERVAL_S = 0.001  # after which gRPC's thread and the event loop let each other run; Python's own 5 ms add up
-
-
-class HandleEngine:
-    """The attention deployment as an engine (`gateway_run.Engine`)."""
-
-    def __init__(self, attention: DeploymentHandle) -> None:
-        self._attention = attention.options(stream=True)
-
-    async def generate(
-        self, prompt: Mapping[str, object], params: "SamplingParams", request_id: str
-    ) -> AsyncGenerator["RequestOutput", None]:
-        """Streams from one attention replica; leaving early cancels the call, so that its engine aborts."""
-        call = self._attention.generate.remote(dict(prompt), params, request_id)
-        answers = cast("DeploymentResponseGenerator[RequestOutput]", call)
-        finished = False
-        try:
-            async for output in answers:
-                finished = output.finished
-                yield output
-            finished = True
-        except Exception as exc:
-            finished = True
-            raise unwrapped(exc) from None
-        finally:
-            if not finished:
-                answers.cancel()
-
-
-def unwrapped(exc: Exception) -> Exception:
-    """What a call to another deployment failed of: its own error, or ours for what Ray and Serve report."""
-    while isinstance(exc, RayTaskError) and isinstance(exc.cause, Exception):
-        exc = exc.cause
-    if isinstance(exc, BackPressureError):
-        return Overloaded("all attention replicas are busy and their queues are full; try again")
-    if isinstance(exc, RayActorError | ReplicaUnavailableError | ObjectLostError):
-        return ReplicaLost("the attention replica that had this request is gone; try again")
-    if isinstance(exc, DeploymentUnavailableError):
-        return GroupUnavailable("no attention replica could be started; try again")
-    return exc
 
 
 class Gateway:

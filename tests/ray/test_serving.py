@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import time
 import urllib.error
 import urllib.request
 
@@ -55,6 +56,22 @@ def test_a_stream_has_the_tokens_of_the_whole_answer(cluster: Cluster) -> None:
         chunks = list(pb_grpc.InferenceStub(channel).GenerateStream(request, timeout=60))
     assert [token for chunk in chunks for token in chunk.token_ids] == cluster.generate(PROMPT, 24)
     assert chunks[-1].finish_reason == "length"
+
+
+def test_clients_that_leave_at_once_leave_nothing_at_the_engines(cluster: Cluster) -> None:
+    """The cancellation of a call that has just begun is what Ray loses now and then."""
+    request = pb.GenerateRequest(
+        prompt_token_ids=pb.TokenIds(ids=PROMPT), max_tokens=400, temperature=0, ignore_eos=True
+    )
+    with grpc.insecure_channel(cluster.grpc) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        for number in range(300):
+            stream = stub.GenerateStream(request, timeout=60)
+            time.sleep(number % 20 / 1000)
+            stream.cancel()
+    began_s = time.monotonic()
+    while is_open := [member["requests"] for member in cluster.members("attention") if member["requests"] != "0"]:
+        assert time.monotonic() - began_s < 5, f"{is_open} requests are still at engines"
 
 
 def test_openai_clients_complete_chat_and_stream(cluster: Cluster) -> None:

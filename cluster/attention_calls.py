@@ -1,0 +1,101 @@
+"""Calls of a gateway to the attention replicas, by Serve's handle: who answers is Serve's choice."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, cast
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from cluster.continuation import ReplicaLost
+from cluster.gateway_errors import Overloaded
+from experts.errors import GroupUnavailable
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
+
+ASSIGN_S = 0.5  # for which a call that nobody waits for any more may go on looking for a replica
+AGAIN_S = 0.2  # until a cancelled call is cancelled again
+GIVE_UP_S = 30.0
+
+
+class HandleEngine:
+    """The attention deployment as an engine (`gateway_run.Engine`)."""
+
+    def __init__(self, attention: DeploymentHandle) -> None:
+        self._attention = attention.options(stream=True)
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def generate(
+        self, prompt: Mapping[str, object], params: "SamplingParams", request_id: str
+    ) -> AsyncGenerator["RequestOutput", None]:
+        """Streams from one attention replica; leaving early cancels the call, so that its engine aborts."""
+        call = self._attention.generate.remote(dict(prompt), params, request_id)
+        answers = cast("DeploymentResponseGenerator[RequestOutput]", call)
+        finished = False
+        try:
+            async for output in answers:
+                finished = output.finished
+                yield output
+            finished = True
+        except Exception as exc:
+            finished = True
+            raise unwrapped(exc) from None
+        finally:
+            if not finished:
+                leaving = asyncio.create_task(_leave(answers))
+                self._leaving.add(leaving)
+                leaving.add_done_callback(self._leaving.discard)
+
+
+def unwrapped(exc: Exception) -> Exception:
+    """What a call to another deployment failed of: its own error, or ours for what Ray and Serve report."""
+    while isinstance(exc, RayTaskError) and isinstance(exc.cause, Exception):
+        exc = exc.cause
+    if isinstance(exc, BackPressureError):
+        return Overloaded("all attention replicas are busy and their queues are full; try again")
+    if isinstance(exc, RayActorError | ReplicaUnavailableError | ObjectLostError):
+        return ReplicaLost("the attention replica that had this request is gone; try again")
+    if isinstance(exc, DeploymentUnavailableError):
+        return GroupUnavailable("no attention replica could be started; try again")
+    return exc
+
+
+async def _leave(answers: "DeploymentResponseGenerator[RequestOutput]") -> None:
+    """Cancels a call until it has ended.
+
+    Once is not enough: of the cancellations that overtake their calls on the way to the replica, Ray heeds some after
+    two seconds and some never. So the call is with its replica first, and is cancelled again while it goes on.
+    """
+    with_replica = asyncio.ensure_future(_reference(answers))
+    await asyncio.wait({with_replica}, timeout=ASSIGN_S)
+    answers.cancel()
+    ended = asyncio.ensure_future(_drain(answers))
+    until_s = time.monotonic() + GIVE_UP_S
+    while not (await asyncio.wait({ended}, timeout=AGAIN_S))[0]:
+        if time.monotonic() > until_s:
+            ended.cancel()
+            log.warning("a call to an attention replica goes on although it was cancelled", extra={"for_s": GIVE_UP_S})
+        elif with_replica.done() and not with_replica.cancelled() and (call := with_replica.result()) is not None:
+            ray.cancel(call)
+
+
+async def _reference(answers: "DeploymentResponseGenerator[RequestOutput]") -> ray.ObjectRefGenerator | None:
+    """Of the call, once it is with a replica; None where it has failed."""
+    with suppress(Exception):
+        return await answers._to_object_ref_gen()
+    return None
+
+
+async def _drain(answers: "DeploymentResponseGenerator[RequestOutput]") -> None:
+    with suppress(Exception):  # that it was cancelled, or whatever else it ended with
+        async for _ in answers:
+            pass
