@@ -2,9 +2,9 @@
 
     python -m benchmarks.storm_load
 
-Each request is {"do": "closed", "streams": n, "seconds": s}, {"do": "open", "per_s": r, "seconds": s},
-{"do": "cancel", "count": n, "at_a_time": m} or {"do": "expire", "count": n, "at_a_time": m}, with "address", "model"
-and "num_tokens"; its answer has the fields of Outcome.
+Each request is {"do": "closed", "streams": n, "seconds": s}, {"do": "open", "per_s": r, "seconds": s}, "flood" for
+"open" without grpc's client, {"do": "cancel", "count": n, "at_a_time": m} or {"do": "expire", "count": n,
+"at_a_time": m}, with "address", "model" and "num_tokens"; its answer has the fields of Outcome.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import grpc
 import grpc.aio
 
 from benchmarks.serving_child import Request, serve
+from benchmarks.storm_flood import Connection
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 
@@ -32,9 +33,9 @@ PROMPT_TOKENS = 16
 class Outcome:
     """What became of the requests of one storm."""
 
-    codes: Counter[str] = field(default_factory=Counter)  # status names
+    codes: Counter[str] = field(default_factory=Counter)  # status names; of a flood OK, REFUSED, BROKEN, UNANSWERED
     tokens_at_s: list[float] = field(default_factory=list)  # of answers that were whole, when each of their tokens came
-    refused_after_s: list[float] = field(default_factory=list)  # RESOURCE_EXHAUSTED and UNAVAILABLE
+    refused_after_s: list[float] = field(default_factory=list)  # also by UNAVAILABLE
     began_s: float = field(default_factory=time.monotonic)
 
 
@@ -73,6 +74,37 @@ class Storm:
             while (now_s := time.monotonic()) < until_s:
                 tasks.create_task(self._one())
                 await asyncio.sleep(max(0.0, now_s + self._random.expovariate(per_s) - time.monotonic()))
+
+    async def flood(self, address: str, per_s: float, seconds: float) -> None:
+        """The same as `open`, by connections of our own: what is no answer is told apart by its tokens only."""
+        loop = asyncio.get_running_loop()
+        host, _, port = address.rpartition(":")
+        connections = [
+            (await loop.create_connection(lambda: Connection(int(TIMEOUT_S)), host, int(port)))[1]
+            for _ in range(NUM_CHANNELS)
+        ]
+        until_s = time.monotonic() + seconds
+        num_sent = 0
+        while (now_s := time.monotonic()) < until_s:
+            connections[num_sent % NUM_CHANNELS].send(self._request())
+            num_sent += 1
+            await asyncio.sleep(max(0.0, now_s + self._random.expovariate(per_s) - time.monotonic()))
+        for each in connections:
+            await each.answered(until_s + TIMEOUT_S - time.monotonic())
+        ended = [request for each in connections for request in each.ended]
+        for request in ended:
+            if len(request.token_times_s) == self._num_tokens:
+                self.outcome.codes["OK"] += 1
+                self.outcome.tokens_at_s += request.token_times_s
+            elif request.token_times_s:
+                self.outcome.codes["BROKEN"] += 1
+            else:
+                self.outcome.codes["REFUSED"] += 1
+                self.outcome.refused_after_s.append(request.ended_s - request.begun_s)
+        if num_sent > len(ended):
+            self.outcome.codes["UNANSWERED"] += num_sent - len(ended)
+        for each in connections:
+            each.close()
 
     async def some(self, count: int, at_a_time: int, one: Callable[[], Awaitable[None]]) -> None:
         left = iter(range(count))
@@ -122,14 +154,16 @@ class Storm:
 
     def _call(self, timeout_s: float) -> grpc.aio.UnaryStreamCall:
         self._count += 1
-        request = pb.GenerateRequest(
+        stub = self._stubs[self._count % NUM_CHANNELS]
+        return cast("grpc.aio.UnaryStreamCall", stub.GenerateStream(self._request(), timeout=timeout_s))
+
+    def _request(self) -> pb.GenerateRequest:
+        return pb.GenerateRequest(
             prompt_token_ids=pb.TokenIds(ids=[self._random.randrange(1000) for _ in range(PROMPT_TOKENS)]),
             max_tokens=self._num_tokens,
             temperature=0.0,
             ignore_eos=True,
         )
-        stub = self._stubs[self._count % NUM_CHANNELS]
-        return cast("grpc.aio.UnaryStreamCall", stub.GenerateStream(request, timeout=timeout_s))
 
 
 async def run(request: Request) -> dict[str, object]:
@@ -141,6 +175,8 @@ async def run(request: Request) -> dict[str, object]:
             await storm.closed(int(number["streams"]), number["seconds"])
         case "open":
             await storm.open(number["per_s"], number["seconds"])
+        case "flood":
+            await storm.flood(str(request["address"]), number["per_s"], number["seconds"])
         case "cancel" | "expire" as kind:
             one = storm.cancelled if kind == "cancel" else storm.expired
             await storm.some(int(number["count"]), int(number["at_a_time"]), one)
