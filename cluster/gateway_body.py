@@ -10,6 +10,7 @@ from typing import cast
 
 from cluster.gateway_format import check_format
 from cluster.strict_json import read_json
+from cluster.timeout_header import TIMEOUT_HEADER
 from cluster.validate import (
     ContextLengthExceeded,
     GenerationRequest,
@@ -231,7 +232,7 @@ _LOGICAL_FIELDS = _words(
 )
 # JSON has any type in any field, and `check` is what finds that out.
 _build_request = cast("Callable[..., GenerationRequest]", GenerationRequest)
-_TIMEOUT: Mapping[str, str] = {"timeout_s": "x-request-timeout-ms"}
+_TIMEOUT: Mapping[str, str] = {"timeout_s": TIMEOUT_HEADER}
 _CHECKS: Mapping[str, Callable[[Body, Limits, float | None], None]] = {
     "/v1/completions": _check_completion,
     "/v1/chat/completions": _check_chat,

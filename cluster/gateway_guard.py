@@ -30,6 +30,7 @@ from cluster.gateway_load import OpenRequests
 from cluster.gateway_schema import SchemaCheck
 from cluster.gateway_vllm import ADMISSION, Admission, new_request_id
 from cluster.metrics import GATEWAY
+from cluster.timeout_header import TIMEOUT_HEADER, seconds_of
 from cluster.traces import continue_from
 from cluster.validate import REQUEST_ID, Limits, check_request_id
 from experts.errors import RequestError, ServingError
@@ -165,12 +166,8 @@ def _given_id(scope: Scope) -> str | None:
 
 
 def _timeout_of(headers: Mapping[str, str]) -> float | None:
-    asked = headers.get("x-request-timeout-ms")
-    if asked is None:
-        return None
-    if not asked.isascii() or not asked.isdigit() or len(asked) > 12:
-        raise RequestError("x-request-timeout-ms must be a whole number", field="x-request-timeout-ms")
-    return int(asked) / 1000
+    asked = headers.get(TIMEOUT_HEADER)
+    return None if asked is None else seconds_of(asked)
 
 
 def _replay(scope: Scope, body: bytes, receive: Receive) -> tuple[Scope, Receive]:

@@ -10,10 +10,10 @@ from google.protobuf.message import Message
 
 from cluster.gateway_errors import Refusal, refusal_of
 from cluster.gateway_load import OpenRequests
-from cluster.metrics import GATEWAY
+from cluster.metrics import GATEWAY, RequestCount
+from cluster.timeout_header import TIMEOUT_HEADER, seconds_of
 
 Metadata = Sequence[tuple[str, str | bytes]]
-_TIMEOUT = "x-request-timeout-ms"  # as over HTTP, for clients that set no deadline of gRPC's
 
 
 class Context(Protocol):
@@ -35,12 +35,12 @@ class Context(Protocol):
 
 
 @asynccontextmanager
-async def answering(context: Context, load: OpenRequests) -> AsyncIterator[None]:
-    """One generation. An error of the block ends the RPC; a client that leaves cancels the block."""
+async def answering(context: Context, load: OpenRequests) -> AsyncIterator[RequestCount]:
+    """One generation, as it is counted. An error of the block ends the RPC; a client that leaves cancels the block."""
     with GATEWAY.request("grpc") as counted:
         try:
             with load.one_more():
-                yield
+                yield counted
         except grpc.aio.AbortError:
             raise
         except Exception as exc:
@@ -68,9 +68,12 @@ def trailers_of(refusal: Refusal) -> Metadata:
 
 
 def remaining_s(context: Context) -> float | None:
-    """Seconds that the client's deadline leaves; None where it has none. A deadline in metadata counts, too."""
+    """Seconds that the client's deadline leaves; None where it has none. A deadline in metadata counts, too.
+
+    Raises RequestError for one that is no number.
+    """
     found = [context.time_remaining()]
     for name, value in context.invocation_metadata() or ():
-        if name == _TIMEOUT and isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12:
-            found.append(int(value) / 1000)
+        if name == TIMEOUT_HEADER and isinstance(value, str):
+            found.append(seconds_of(value))
     return min((seconds for seconds in found if seconds is not None), default=None)

@@ -122,7 +122,7 @@ class VllmEngine(pb_grpc.VllmEngineServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         dropped_rows = 0
         with self.open_by_id.one_more(request.request_id) as abortable:
-            async with answering(context, self.load):
+            async with answering(context, self.load) as counted:
                 prepared = await self._prepare(request, context)
                 answers = Answers(
                     stream=request.stream, prompt_token_ids=prepared.prompt_token_ids, params=prepared.params
@@ -133,6 +133,7 @@ class VllmEngine(pb_grpc.VllmEngineServicer):
                         for answer in answers.of(output):
                             yield answer
                 if abortable.is_aborted:
+                    counted.outcome = "cancelled"
                     for answer in answers.aborted():
                         yield answer
         if dropped_rows:

@@ -86,6 +86,20 @@ def test_openai_clients_complete_chat_and_stream(cluster: Cluster) -> None:
     assert chat.choices[0].finish_reason == "length"
 
 
+def test_an_answer_keeps_to_its_schema(cluster: Cluster) -> None:
+    sky = {"enum": ["red", "blue"]}
+    schema = {"type": "object", "properties": {"sky": sky}, "required": ["sky"], "additionalProperties": False}
+    answer = client(cluster).chat.completions.create(
+        model="expertmesh-nano",
+        messages=[{"role": "user", "content": "the sky?"}],
+        max_completion_tokens=200,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "sky", "schema": schema, "strict": True}},
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(answer.choices[0].message.content or "")["sky"] in sky["enum"]
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("temperature", 7), ("max_tokens", 100_000), ("top_p", 0), ("n", 1000), ("prompt", [])]
 )

@@ -9,6 +9,8 @@ import pytest
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from vllm_engine_fakes import Model, Served, asked, model_in, rest_of, serving
 
+from cluster.metrics import GATEWAY
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
@@ -36,6 +38,31 @@ async def test_an_aborted_stream_ends_and_says_so(served: Served) -> None:
     assert await call.code() is grpc.StatusCode.OK
     assert served.engine.aborted == 1
     await served.stub.Abort(pb.AbortRequest(request_ids=["r"]))
+
+
+async def test_a_deadline_that_is_no_number_is_refused(served: Served) -> None:
+    call = served.stub.Generate(asked(), metadata=(("x-request-timeout-ms", "soon"),))
+    with pytest.raises(grpc.aio.AioRpcError, match="x-request-timeout-ms must be a whole number") as refused:
+        await call.read()
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not served.engine.seen
+
+
+async def test_an_abort_is_counted_as_a_cancellation(served: Served) -> None:
+    served.engine.delay_s = 30.0
+    before = cancelled_over_grpc()
+    call = served.stub.Generate(asked(request_id="r"))
+    waiting = asyncio.create_task(call.read())
+    await served.until_open()
+    await served.stub.Abort(pb.AbortRequest(request_ids=["r"]))
+    await waiting
+    assert await served.is_idle()
+    assert cancelled_over_grpc() == before + 1
+
+
+def cancelled_over_grpc() -> float:
+    [requests] = [metric for metric in GATEWAY.collect() if metric.name == "expertmesh_requests"]
+    return next(s.value for s in requests.samples if s.labels == {"surface": "grpc", "outcome": "cancelled"})
 
 
 async def test_an_answer_in_one_piece_is_aborted_too(served: Served) -> None:
