@@ -72,14 +72,16 @@ class Attention:
 
     async def generate(
         self, prompt: dict[str, object], sampling_params: "SamplingParams", request_id: str
-    ) -> AsyncIterator["RequestOutput"]:
-        """Continues one prompt.
+    ) -> AsyncIterator["bytes | RequestOutput"]:
+        """Continues one prompt; yields outputs as output_wire.pack makes them.
 
         prompt: has prompt_token_ids. sampling_params: output_kind says whether outputs are deltas or whole.
         Raises GroupUnavailable where a step of the request could not be computed, ReplicaLost where the engine died.
         Closing the iterator aborts the request in the engine.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
+
+        from cluster.output_wire import pack
 
         self._requests += 1
         traceparent = take_traceparent(prompt)
@@ -90,7 +92,7 @@ class Attention:
             async with aclosing(outputs):
                 async for output in outputs:
                     _raise_if_poisoned(output)
-                    yield output
+                    yield pack(output)
         except EngineDeadError:
             self._end_soon()
             raise ReplicaLost("the attention engine died; try again") from None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
+    Answers = DeploymentResponseGenerator[bytes | RequestOutput]  # cluster/output_wire.py has the bytes
+
 log = logging.getLogger(__name__)
 
 ASSIGN_S = 0.5  # for which a call that nobody waits for any more may go on looking for a replica
@@ -38,11 +40,15 @@ class HandleEngine:
         self, prompt: Mapping[str, object], params: "SamplingParams", request_id: str
     ) -> AsyncGenerator["RequestOutput", None]:
         """Streams from one attention replica; leaving early cancels the call, so that its engine aborts."""
+        from cluster.output_wire import unpack
+
+        prompt_token_ids = cast("list[int]", prompt["prompt_token_ids"])
         call = self._attention.generate.remote(dict(prompt), params, request_id)
-        answers = cast("DeploymentResponseGenerator[RequestOutput]", call)
+        answers = cast("Answers", call)
         finished = False
         try:
-            async for output in answers:
+            async for packed in answers:
+                output = unpack(packed, request_id=request_id, prompt_token_ids=prompt_token_ids)
                 finished = output.finished
                 yield output
             finished = True
@@ -69,7 +75,7 @@ def unwrapped(exc: Exception) -> Exception:
     return exc
 
 
-async def _leave(answers: "DeploymentResponseGenerator[RequestOutput]") -> None:
+async def _leave(answers: "Answers") -> None:
     """Cancels a call until it has ended.
 
     Once is not enough: of the cancellations that overtake their calls on the way to the replica, Ray heeds some after
@@ -88,14 +94,14 @@ async def _leave(answers: "DeploymentResponseGenerator[RequestOutput]") -> None:
             ray.cancel(call)
 
 
-async def _reference(answers: "DeploymentResponseGenerator[RequestOutput]") -> ray.ObjectRefGenerator | None:
+async def _reference(answers: "Answers") -> ray.ObjectRefGenerator | None:
     """Of the call, once it is with a replica; None where it has failed."""
     with suppress(Exception):
         return await answers._to_object_ref_gen()
     return None
 
 
-async def _drain(answers: "DeploymentResponseGenerator[RequestOutput]") -> None:
+async def _drain(answers: "Answers") -> None:
     with suppress(Exception):  # that it was cancelled, or whatever else it ended with
         async for _ in answers:
             pass
