@@ -146,7 +146,7 @@ def overload(cluster: Cluster, seconds: float) -> list[Line]:
     say(f"{per_s:.0f} requests/s for {seconds:.0f} s, where {peak / NUM_TOKENS:.1f} can be answered")
     found, probed = cluster.overload(per_s, seconds)
     grown_mib = cluster.memory_mib() - before_mib
-    goodput = _rate(found, 5.0, seconds)
+    goodput = _rate(found, 5.0, seconds) + _rate(probed, 5.0, seconds)
     (median_ms, p99_ms), (_, crowd_ms) = _refusal_ms(probed), _refusal_ms(found)
     flooded, told = (cast("dict[str, int]", each["codes"]) for each in (found, probed))
     time.sleep(SETTLE_S)
