@@ -14,7 +14,7 @@ class AttentionConfig(Settings):
     max_replicas: int = Field(default=1, ge=1)  # above `replicas`: Serve scales between the two
     target_open_requests: float = Field(default=32.0, gt=0)  # per replica, where Serve scales
     threads: int = Field(default=1, ge=1)  # compute threads of an engine
-    niceness: int = Field(default=5, ge=0, le=19)  # of those threads: where cores are short, gateways go first
+    niceness: int = Field(default=5, ge=0, le=19)  # of an engine's process: where cores are short, gateways go first
     kv_cache_mib: int = Field(default=128, ge=1)  # latent KV cache of an engine
     max_num_seqs: int = Field(default=64, ge=1)  # requests that one engine computes at a time
     max_queued_requests: int = Field(default=1024, ge=1)  # past the ones in work; more are refused with 429

@@ -31,7 +31,7 @@ class EngineLinkOptions:
     member_id: str
     step_timeout_s: float
     start_timeout_s: float
-    niceness: int = 0  # of the threads that compute
+    niceness: int = 0  # of the engine's process
     publisher: Publisher = OFF
     traces: TracesConfig = field(default_factory=TracesConfig)
 

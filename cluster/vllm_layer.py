@@ -85,7 +85,7 @@ class RemoteExpertsLoader(DefaultModelLoader):
         options = EngineLinkOptions.of(
             cast("dict[str, dict[str, object]]", vllm_config.additional_config)["expertmesh"]
         )
-        give_way(options.niceness)  # before anything computes: threads take it over from the one that starts them
+        give_way(options.niceness)
         model = super().load_model(vllm_config, model_config, prefix)
         link = open_link(options, model_config.dtype)
         check_model(model, link.shape)

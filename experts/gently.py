@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -38,5 +39,10 @@ def gently(work: Callable[[], _T]) -> _T:
 
 
 def give_way(niceness: int) -> None:
-    """From now on this thread, and each that it starts, runs at this niceness at least (0 to 19, absolute)."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(niceness, os.getpriority(os.PRIO_PROCESS, 0)))
+    """From now on all threads of this process, and those that they start, run at this niceness at least.
+
+    niceness: absolute, 0 to 19.
+    """
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))

@@ -1,11 +1,13 @@
 """Work of low priority beside those who serve."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from experts.gently import NICENESS, gently, give_way
+from experts.gently import NICENESS, gently
 
 
 def niceness() -> int:
@@ -26,18 +28,31 @@ def test_what_the_work_raises_reaches_who_asked_for_it() -> None:
         gently(fail)
 
 
-def test_who_gives_way_does_so_with_the_threads_it_starts_and_never_goes_back() -> None:
-    found: list[int] = []
+GIVES_WAY = """
+import os, threading
+from experts.gently import give_way
 
-    def engine() -> None:
-        give_way(niceness() + 2)
-        give_way(0)
-        computes = threading.Thread(target=lambda: found.append(niceness()))
-        computes.start()
-        computes.join()
+def niceness():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    before = niceness()
-    thread = threading.Thread(target=engine)
-    thread.start()
-    thread.join()
-    assert found == [min(before + 2, 19)] and niceness() == before
+def in_a_thread():
+    go.wait()
+    found.append(niceness())
+
+before, go, found = niceness(), threading.Event(), []
+early = threading.Thread(target=in_a_thread)
+early.start()
+give_way(before + 2)
+give_way(0)
+late = threading.Thread(target=in_a_thread)
+late.start()
+go.set()
+early.join()
+late.join()
+assert found + [niceness()] == 3 * [min(before + 2, 19)], found
+"""
+
+
+def test_a_process_gives_way_with_all_its_threads_and_never_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVES_WAY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
