@@ -16,6 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from cluster import traces
 from cluster.attention import Attention
 from cluster.gateway_failover import ContinuingEngine
+from cluster.output_wire import unpack
 from cluster.step import Trip
 from cluster.traces_config import TracesConfig
 
@@ -100,8 +101,9 @@ class Handle(FakeEngine):
     async def generate(
         self, prompt: Mapping[str, object], params: SamplingParams, request_id: str
     ) -> AsyncGenerator[RequestOutput, None]:
-        async for output in self.replica.generate(dict(prompt), params, request_id):
-            yield output
+        prompt_token_ids = cast("list[int]", prompt["prompt_token_ids"])
+        async for packed in self.replica.generate(dict(prompt), params, request_id):
+            yield unpack(packed, request_id=request_id, prompt_token_ids=prompt_token_ids)
 
 
 class Continuing(FakeEngine):
