@@ -22,6 +22,7 @@ from cluster.config import GatewayConfig
 from cluster.gateway_keys import MAX_HEADER_BYTES, KeyedApp, KeyedServices
 from cluster.grpc_bridge import Bridge, BridgeServer, Check
 from cluster.keys import Keys
+from cluster.prompt_http import HEADERS_S, PromptH11
 from experts.errors import ConfigError
 
 MAX_STREAMS = 100  # RPCs of one connection at a time
@@ -137,7 +138,7 @@ class Doors:
     def _uvicorn_config(self, app: ASGIApp) -> uvicorn.Config:
         return uvicorn.Config(
             app,
-            http="h11",  # the stricter parser; KeyedApp refuses what it lets pass all the same
+            http=PromptH11,  # on the stricter parser; KeyedApp refuses what it lets pass all the same
             ws="none",
             lifespan="off",
             log_config=None,
@@ -209,5 +210,6 @@ def _grpc_options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.keepalive_time_ms", round(KEEPALIVE_S * 1000)),
         ("grpc.keepalive_timeout_ms", round(PING_TIMEOUT_S * 1000)),
+        ("grpc.server_handshake_timeout_ms", round(HEADERS_S * 1000)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]

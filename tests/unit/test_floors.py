@@ -15,6 +15,7 @@ FLOORS = [
     (("ray",), "2.56", "CVE-2026-57516; 2.54: CVE-2026-27482; 2.52: CVE-2025-62593, and no token"),
     (("starlette",), "1.0.1", "CVE-2026-48710: a forged Host header passes for a path"),
     (("protobuf",), "6.33.5", "CVE-2026-0994: recursion in json_format"),
+    (("h11",), "0.16", "CVE-2025-43859: chunked bodies that others read otherwise"),
     (("grpcio",), "1.65.4", "CVE-2024-7246: poisoned HPACK tables behind a proxy"),
 ]
 

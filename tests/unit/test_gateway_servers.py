@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import json
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray_cluster import free_port
 
+from cluster import prompt_http
 from cluster.config import GatewayConfig
 from cluster.gateway_guard import ROUTES
 from cluster.gateway_servers import Doors
@@ -94,6 +96,42 @@ def test_every_route_but_health_wants_a_key(door: Open) -> None:
         served = door.raw(get(path, "Host: x", f"Authorization: {AUTH}", method=method))
         assert not served.startswith(b"HTTP/1.1 401"), path
     assert door.raw(get("/v1/models", "Host: x", method="OPTIONS")).startswith(b"HTTP/1.1 401")
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "answers"), [([b""], 0), ([b"GET /hea"], 0), ([HEALTH[:-2], b"A: b\r\n"], 0), ([HEALTH, HEALTH[:-4]], 1)]
+)
+def test_who_does_not_come_to_the_end_of_his_headers_is_hung_up_on(
+    door: Open, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes], answers: int
+) -> None:
+    monkeypatch.setattr(prompt_http, "HEADERS_S", 0.5)
+
+    async def drip() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", door.config.http_port)
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.2)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    began_s = time.monotonic()
+    answer = door.run(drip())
+    assert isinstance(answer, bytes)
+    assert answer.count(b"HTTP/1.1 200") == answers
+    assert time.monotonic() - began_s < 2
+
+
+def test_an_answer_may_take_longer_than_headers_may(door: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_http, "HEADERS_S", 0.1)
+    monkeypatch.setattr(door.front.engine, "delay_s", 0.2)
+    body = json.dumps({"model": "nano", "prompt": [1, 2], "max_tokens": 2}).encode()
+    lines = ("POST /v1/completions HTTP/1.1", "Host: x", f"Authorization: {AUTH}", "Content-Type: application/json")
+    head = "\r\n".join((*lines, "Connection: close", f"Content-Length: {len(body)}")).encode() + b"\r\n\r\n"
+    assert door.raw(head + body).startswith(b"HTTP/1.1 200")
 
 
 def test_two_authorizations_are_none(door: Open) -> None:
