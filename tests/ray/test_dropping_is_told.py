@@ -1,11 +1,15 @@
-"""A cluster that may drop rows says so in every answer that lacks some, on both surfaces, and is not compared."""
+"""A cluster that may drop rows says so in every answer that lacks some, on both surfaces."""
 
 import json
 import time
 import urllib.request
 
+import grpc
 import pytest
 from ray_cluster import started_cluster
+
+from cluster.proto.expertmesh.v1 import inference_pb2 as pb
+from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 
 PROMPT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings and arrows"
 
@@ -18,8 +22,9 @@ def test_dropped_rows_are_in_the_answers_and_in_the_counters(tmp_path_factory: p
         "experts": {"groups": 2},
     }
     with started_cluster(tmp_path_factory.mktemp("dropping"), config) as cluster:
-        done = cluster.run("generate", "--json", "--max-tokens", "4", "--temperature", "0", PROMPT)
-        over_grpc = json.loads(done.stdout)["dropped_rows"]
+        asked = pb.GenerateRequest(prompt=PROMPT, max_tokens=4, temperature=0)
+        with grpc.insecure_channel(cluster.grpc) as channel:
+            over_grpc = pb_grpc.InferenceStub(channel).Generate(asked, timeout=60).dropped_rows
         assert over_grpc > 0
 
         body = {"model": "expertmesh-nano", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
@@ -33,7 +38,3 @@ def test_dropped_rows_are_in_the_answers_and_in_the_counters(tmp_path_factory: p
         (router,) = cluster.members("router")
         assert int(router["dropped_rows"]) == 2 * over_grpc
         assert int(router["rows"]) > int(router["dropped_rows"])
-
-        refused = cluster.run("parity", "--prompts", "1", "--tokens", "1")
-        assert refused.returncode == 1
-        assert "capacity_factor" in refused.stderr
