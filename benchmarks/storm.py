@@ -35,7 +35,7 @@ from experts.errors import ExpertmeshError, ServingError
 
 NUM_TOKENS = 32
 STREAMS = (8, 32, 64)  # at which the peak is looked for
-PEAK_S, SETTLE_S = 15.0, 5.0
+PEAK_S, SPREAD_S, SETTLE_S = 20.0, 5.0, 5.0
 TIMES = 10
 PROBES_PER_S = 10.0
 AT_A_TIME = 50  # clients that leave
@@ -71,6 +71,15 @@ class Cluster:
         """The fields of storm_load.Outcome. Raises ServingError."""
         self._crowd.tell({"do": do, **settings, **self._told})
         return cast("Mapping[str, object]", self._crowd.answer(timeout_s=timeout_s))
+
+    def peak(self, streams: int, *, spread_s: float = SPREAD_S) -> float:
+        """Tokens a second of so many streams at a time, which begin over spread_s.
+
+        Nobody who sends on his own is in step with the others. Streams that are, because they all begin at once and
+        are equally long, have their prompts computed in one step, and are answered an eighth to a fifth faster.
+        """
+        told = {"streams": streams, "seconds": PEAK_S, "spread_s": spread_s}
+        return _rate(self.storm("closed", **told, timeout_s=PEAK_S + 90), SPREAD_S, PEAK_S)
 
     def overload(self, per_s: float, seconds: float) -> tuple[Mapping[str, object], Mapping[str, object]]:
         """Outcomes of a crowd, and of one more client, with a process of its own, that sends PROBES_PER_S."""
@@ -137,8 +146,7 @@ def overload(cluster: Cluster, seconds: float) -> list[Line]:
     """Peak, overload, and full speed again."""
     peaks = {}
     for streams in STREAMS:
-        found = cluster.storm("closed", streams=streams, seconds=PEAK_S, timeout_s=PEAK_S + 90)
-        peaks[streams] = _rate(found, 3.0, PEAK_S)
+        peaks[streams] = cluster.peak(streams)
         say(f"{streams} streams: {peaks[streams]:.0f} tokens/s")
     streams, peak = max(peaks.items(), key=lambda item: item[1])
     per_s = TIMES * peak / NUM_TOKENS
@@ -150,14 +158,14 @@ def overload(cluster: Cluster, seconds: float) -> list[Line]:
     (median_ms, p99_ms), (_, crowd_ms) = _refusal_ms(probed), _refusal_ms(found)
     flooded, told = (cast("dict[str, int]", each["codes"]) for each in (found, probed))
     time.sleep(SETTLE_S)
-    again = _rate(cluster.storm("closed", streams=streams, seconds=PEAK_S, timeout_s=PEAK_S + 90), 3.0, PEAK_S)
+    again, in_step = cluster.peak(streams), cluster.peak(streams, spread_s=0)
     mean = (peak + again) / 2  # a machine that others use, too, is not as fast after a minute as it was before
     others = {*flooded, *told} - {"OK", "REFUSED", "RESOURCE_EXHAUSTED"}
     return [
         Line(
             promise=f"Goodput under {TIMES} times the capacity for {seconds:.0f} s: at least 90 % of the peak",
             measured=f"{goodput:.0f} of {mean:.0f} tokens/s ({goodput / mean:.0%}), the mean of the peak before it, "
-            f"{peak:.0f}, and of the same {streams} streams after it, {again:.0f}",
+            f"{peak:.0f}, and of the same {streams} streams after it, {again:.0f}; all in step, {in_step:.0f}",
             holds=goodput >= 0.9 * mean,
         ),
         Line(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.storm_load
 
-Each request is {"do": "closed", "streams": n, "seconds": s}, {"do": "open", "per_s": r, "seconds": s}, "flood" for
-"open" without grpc's client, {"do": "cancel", "count": n, "at_a_time": m} or {"do": "expire", "count": n,
+Each request is {"do": "closed", "streams": n, "seconds": s, "spread_s": t}, {"do": "open", "per_s": r, "seconds": s},
+"flood" for "open" without grpc's client, {"do": "cancel", "count": n, "at_a_time": m} or {"do": "expire", "count": n,
 "at_a_time": m}, with "address", "model" and "num_tokens"; its answer has the fields of Outcome.
 """
 
@@ -57,15 +57,16 @@ class Storm:
         for channel in self._channels:
             await channel.close()
 
-    async def closed(self, streams: int, seconds: float) -> None:
-        """So many streams, each begun again when it ends."""
+    async def closed(self, streams: int, seconds: float, spread_s: float) -> None:
+        """So many streams, the first of them begun over spread_s, each begun again when it ends."""
         until_s = time.monotonic() + seconds
 
-        async def again() -> None:
+        async def again(after_s: float) -> None:
+            await asyncio.sleep(after_s)
             while time.monotonic() < until_s:
                 await self._one()
 
-        await asyncio.gather(*(again() for _ in range(streams)))
+        await asyncio.gather(*(again(spread_s * stream / streams) for stream in range(streams)))
 
     async def open(self, per_s: float, seconds: float) -> None:
         """Streams that arrive at random, whatever becomes of those before."""
@@ -172,7 +173,7 @@ async def run(request: Request) -> dict[str, object]:
     number = {name: float(str(value)) for name, value in request.items() if isinstance(value, int | float)}
     match request["do"]:
         case "closed":
-            await storm.closed(int(number["streams"]), number["seconds"])
+            await storm.closed(int(number["streams"]), number["seconds"], number["spread_s"])
         case "open":
             await storm.open(number["per_s"], number["seconds"])
         case "flood":

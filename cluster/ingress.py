@@ -29,7 +29,7 @@ from experts.errors import ServingError
 from experts.logs import set_up_logs
 from experts.member import own_ids
 
-SWITCH_INTERVAL_S = 0.001  # after which gRPC's thread and the event loop let each other run; Python's own 5 ms add up
+SWITCH_INTERVAL_S = 0.0003  # after which gRPC's thread and the event loop let each other run; Python's own 5 ms add up
 
 
 class Gateway:

@@ -22,6 +22,7 @@ class ExpertsConfig(Settings):
     groups: int = Field(default=4, ge=1)  # D; must divide the checkpoint's n_group
     replicas: int = Field(default=1, ge=1)  # copies of each group
     threads: int = Field(default=1, ge=1)  # compute threads of a replica
+    niceness: int = Field(default=5, ge=0, le=19)  # of a replica that serves, as attention.niceness
     compute: Literal["auto", "loop", "kernel", "grouped"] = "auto"
     num_cpus: float = Field(default=0.1, ge=0)  # what a replica books from Ray
     num_gpus: float = Field(default=0, ge=0)

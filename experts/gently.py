@@ -8,9 +8,9 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-# About a tenth of the share of an engine (`attention.niceness` of 5) and a thirtieth of that of everybody else who
-# serves, where cores are short; all of them, where not.
-NICENESS = 15
+# Where cores are short: about a twentieth of the share of an engine or of experts (`niceness` of 5) and a seventieth of
+# that of everybody else who serves. Where they are not: all of them.
+NICENESS = 19
 
 
 def gently(work: Callable[[], _T]) -> _T:

@@ -8,7 +8,7 @@ from ray.serve.handle import DeploymentHandle
 
 from experts.config import ExpertsConfig
 from experts.counting import Counting, Publish
-from experts.gently import gently
+from experts.gently import gently, give_way
 from experts.handshake import fresh_incarnation
 from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
@@ -40,6 +40,7 @@ class ExpertGroup:
         # More often than not, streams go on beside it: those of the copy that this one replaces.
         loaded = gently(lambda: _load(model, config, group))
         _set_threads(config.threads)  # here, too: OpenMP keeps the number for each thread
+        give_way(config.niceness)
         self._member_id, self._node_id, self._pid = own_ids()
         self._group = group
         self._held = loaded.held
