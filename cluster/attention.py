@@ -15,12 +15,13 @@ from cluster.continuation import ReplicaLost
 from cluster.engine_link import EngineLinkOptions
 from cluster.exporter import OFF, Publisher
 from cluster.metrics import AttentionMetrics
+from cluster.output_link import NO_MODEL, OutputLinks
 from cluster.traces import follow, set_up, shut_down, take_traceparent
 from cluster.traces_config import TracesConfig
 from cluster.vllm_plugin import ACTIVATION_VARIABLE, LOAD_FORMAT
 from experts.errors import GroupUnavailable, RequestError
 from experts.gently import gently
-from experts.handshake import fresh_incarnation
+from experts.handshake import Identity, Role, fresh_incarnation, read_secret
 from experts.logs import set_up_logs
 from experts.member import Lease, own_ids
 from experts.placement import Member
@@ -67,15 +68,25 @@ class Attention:
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))  # type: ignore[arg-type]
         publisher(self._member_id, AttentionMetrics(lambda: self._requests))
         set_up(traces, "attention", self._member_id)
+        identity = Identity(
+            role=Role.ATTENTION, member_id=self._member_id, incarnation=self._incarnation, fingerprint=NO_MODEL
+        )
+        self._links = OutputLinks(read_secret(model.secret_file), identity)
         self._lease = Lease(controller, self._describe)
         self._lease.start()
 
     async def generate(
-        self, prompt: dict[str, object], sampling_params: "SamplingParams", request_id: str
-    ) -> AsyncIterator["bytes | RequestOutput"]:
+        self,
+        prompt: dict[str, object],
+        sampling_params: "SamplingParams",
+        request_id: str,
+        reply_to: tuple[str, int] | None = None,
+    ) -> AsyncIterator["bytes | RequestOutput | tuple[int, RequestOutput] | int"]:
         """Continues one prompt; yields outputs as output_wire.pack makes them.
 
         prompt: has prompt_token_ids. sampling_params: output_kind says whether outputs are deltas or whole.
+        reply_to: a gateway's address and number for the request. Where that can be reached, outputs that are bytes go
+        there (output_link.py), each other one is yielded with its place, and last the number of all outputs is.
         Raises GroupUnavailable where a step of the request could not be computed, ReplicaLost where the engine died.
         Closing the iterator aborts the request in the engine.
         """
@@ -85,14 +96,26 @@ class Attention:
 
         self._requests += 1
         traceparent = take_traceparent(prompt)
+        address, call = reply_to or ("", 0)
+        place = 0
         try:
+            link = await self._links.to(address) if address else None
             # Closed here and not by the garbage collector: only then is the request aborted at once.
             outputs = self._engine.generate(prompt, sampling_params, request_id)  # type: ignore[arg-type]
             outputs = follow(outputs, traceparent, request_id)
             async with aclosing(outputs):
                 async for output in outputs:
                     _raise_if_poisoned(output)
-                    yield pack(output)
+                    packed = pack(output)
+                    if link is None:
+                        yield packed
+                    elif isinstance(packed, bytes):
+                        link.send(call, place, packed)
+                    else:
+                        yield place, packed
+                    place += 1
+            if link is not None:
+                yield place
         except EngineDeadError:
             self._end_soon()
             raise ReplicaLost("the attention engine died; try again") from None
@@ -124,6 +147,7 @@ class Attention:
     def __del__(self) -> None:
         if hasattr(self, "_lease"):
             self._lease.stop()
+            self._links.close()
             self._engine.shutdown()
             shut_down()
 

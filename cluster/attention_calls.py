@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, cast
 
 import ray
@@ -14,13 +14,15 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cluster.continuation import ReplicaLost
 from cluster.gateway_errors import Overloaded
+from cluster.output_inbox import Inbox, Mailbox
 from experts.errors import GroupUnavailable
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
-    Answers = DeploymentResponseGenerator[bytes | RequestOutput]  # cluster/output_wire.py has the bytes
+    # As Attention.generate yields them.
+    Answers = DeploymentResponseGenerator[bytes | RequestOutput | tuple[int, RequestOutput] | int]
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +34,11 @@ GIVE_UP_S = 30.0
 class HandleEngine:
     """The attention deployment as an engine (`gateway_run.Engine`)."""
 
-    def __init__(self, attention: DeploymentHandle) -> None:
+    def __init__(self, attention: DeploymentHandle, inbox: Inbox | None = None) -> None:
+        """inbox: where replicas send outputs, those that can reach it. Without one all of them come by Ray."""
         self._attention = attention.options(stream=True)
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._inbox = inbox
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def generate(
         self, prompt: Mapping[str, object], params: "SamplingParams", request_id: str
@@ -43,23 +47,26 @@ class HandleEngine:
         from cluster.output_wire import unpack
 
         prompt_token_ids = cast("list[int]", prompt["prompt_token_ids"])
-        call = self._attention.generate.remote(dict(prompt), params, request_id)
-        answers = cast("Answers", call)
-        finished = False
-        try:
-            async for packed in answers:
-                output = unpack(packed, request_id=request_id, prompt_token_ids=prompt_token_ids)
-                finished = output.finished
-                yield output
-            finished = True
-        except Exception as exc:
-            finished = True
-            raise unwrapped(exc) from None
-        finally:
-            if not finished:
-                leaving = asyncio.create_task(_leave(answers))
-                self._leaving.add(leaving)
-                leaving.add_done_callback(self._leaving.discard)
+        with nullcontext((0, Mailbox())) if self._inbox is None else self._inbox.mailbox() as (number, box):
+            reply_to = None if self._inbox is None else (self._inbox.address, number)
+            call = self._attention.generate.remote(dict(prompt), params, request_id, reply_to)
+            answers = cast("Answers", call)
+            following = self._start(_follow(answers, box))
+            finished = False
+            try:
+                while (packed := await box.next()) is not None:
+                    output = unpack(packed, request_id=request_id, prompt_token_ids=prompt_token_ids)
+                    finished = output.finished
+                    yield output
+            finally:
+                if not finished and not following.done():
+                    self._start(_leave(answers, following))
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def unwrapped(exc: Exception) -> Exception:
@@ -75,8 +82,26 @@ def unwrapped(exc: Exception) -> Exception:
     return exc
 
 
-async def _leave(answers: "Answers") -> None:
-    """Cancels a call until it has ended.
+async def _follow(answers: "Answers", box: Mailbox) -> None:
+    """Puts what comes by Ray into the mailbox: outputs that did not go by a link, their number, and errors."""
+    place = 0
+    num_outputs: int | None = None
+    try:
+        async for answer in answers:
+            if isinstance(answer, int):
+                num_outputs = answer
+            elif isinstance(answer, tuple):
+                box.put(*answer)
+            else:
+                box.put(place, answer)
+                place += 1
+        box.end(place if num_outputs is None else num_outputs)
+    except Exception as exc:
+        box.fail(unwrapped(exc))
+
+
+async def _leave(answers: "Answers", following: asyncio.Task[None]) -> None:
+    """Cancels a call until it has ended, which ends who follows it.
 
     Once is not enough: of the cancellations that overtake their calls on the way to the replica, Ray heeds some after
     two seconds and some never. So the call is with its replica first, and is cancelled again while it goes on.
@@ -84,11 +109,10 @@ async def _leave(answers: "Answers") -> None:
     with_replica = asyncio.ensure_future(_reference(answers))
     await asyncio.wait({with_replica}, timeout=ASSIGN_S)
     answers.cancel()
-    ended = asyncio.ensure_future(_drain(answers))
     until_s = time.monotonic() + GIVE_UP_S
-    while not (await asyncio.wait({ended}, timeout=AGAIN_S))[0]:
+    while not (await asyncio.wait({following}, timeout=AGAIN_S))[0]:
         if time.monotonic() > until_s:
-            ended.cancel()
+            following.cancel()
             log.warning("a call to an attention replica goes on although it was cancelled", extra={"for_s": GIVE_UP_S})
         elif with_replica.done() and not with_replica.cancelled() and (call := with_replica.result()) is not None:
             ray.cancel(call)
@@ -99,9 +123,3 @@ async def _reference(answers: "Answers") -> ray.ObjectRefGenerator | None:
     with suppress(Exception):
         return await answers._to_object_ref_gen()
     return None
-
-
-async def _drain(answers: "Answers") -> None:
-    with suppress(Exception):  # that it was cancelled, or whatever else it ended with
-        async for _ in answers:
-            pass

@@ -23,6 +23,7 @@ from cluster.exporter import OFF, Publisher
 from cluster.gateway_health import DeploymentHealth, Health, Json
 from cluster.keys import Keys
 from cluster.metrics import GATEWAY
+from cluster.output_inbox import Inbox, InboxOptions
 from cluster.traces import set_up, shut_down
 from cluster.traces_config import TracesConfig
 from experts.errors import ServingError
@@ -44,13 +45,15 @@ class Gateway:
         *,
         drops_rows: bool = False,
         keep: Sequence[DeploymentHandle] = (),
+        inbox: InboxOptions | None = None,
         publisher: Publisher = OFF,
         traces: TracesConfig | None = None,
     ) -> None:
-        """attention: offers `generate(prompt, params, request_id)`, streaming RequestOutput.
+        """attention: offers what Attention.generate does.
 
         controller: offers `status()`, a JSON object; without one the status page has Serve's view only.
         keep: deployments that are called from elsewhere only: Serve starts what its ingress names.
+        inbox: where attention replicas of this node send outputs; without one they all come by Ray.
         Raises ConfigError where a port, a certificate or the keys cannot be used.
         """
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports below: everything needed is in the folder
@@ -61,7 +64,10 @@ class Gateway:
         set_up_logs()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         keys = Keys(()) if config.auth == "none" else Keys.read(config.keys_file)
-        engine = ContinuingEngine(HandleEngine(attention), drops_rows=drops_rows)
+        self._inbox = None if inbox is None else Inbox(inbox)
+        if self._inbox is not None:
+            await self._inbox.open()
+        engine = ContinuingEngine(HandleEngine(attention, self._inbox), drops_rows=drops_rows)
         GATEWAY.log_detail = config.log_requests
         loop = asyncio.get_running_loop()
         GATEWAY.tasks = lambda: len(asyncio.all_tasks(loop))
@@ -92,6 +98,8 @@ class Gateway:
     async def __del__(self) -> None:
         if hasattr(self, "_drain_timeout_s"):
             await self._doors.drain(self._drain_timeout_s)
+            if self._inbox is not None:
+                await self._inbox.close()
             await self._front.schemas.close()
             await asyncio.to_thread(shut_down)
 

@@ -12,6 +12,7 @@ from cluster.config import AttentionConfig, GatewayConfig, GatewayModel
 from cluster.controller import Controller
 from cluster.exporter import Publisher
 from cluster.ingress import Gateway
+from cluster.output_inbox import InboxOptions
 from deploy.config import DeploymentConfig, PlacementConfig, Resolved, pinned, resolve
 from deploy.sizing import CONTROLLER_CPUS
 from experts.config import ExpertsConfig, Settings
@@ -74,6 +75,10 @@ def build(args: dict[str, object]) -> Application:
         drops_rows=config.router.capacity_factor is not None,
         # A Serve application is what its ingress refers to; the gateway itself never calls these.
         keep=[router, *groups],
+        # Links that stay on a node need no port, and their secret is where the engine's is.
+        inbox=InboxOptions(runtime_dir=model.runtime_dir, secret_file=str(model.secret_file))
+        if config.experts.listen == "unix"
+        else None,
         publisher=publisher,
         traces=config.traces,
     )

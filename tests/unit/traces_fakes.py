@@ -103,7 +103,8 @@ class Handle(FakeEngine):
     ) -> AsyncGenerator[RequestOutput, None]:
         prompt_token_ids = cast("list[int]", prompt["prompt_token_ids"])
         async for packed in self.replica.generate(dict(prompt), params, request_id):
-            yield unpack(packed, request_id=request_id, prompt_token_ids=prompt_token_ids)
+            plain = cast("bytes | RequestOutput", packed)  # without a reply_to nothing else comes
+            yield unpack(plain, request_id=request_id, prompt_token_ids=prompt_token_ids)
 
 
 class Continuing(FakeEngine):
