@@ -76,7 +76,7 @@ class Cluster:
         """Tokens a second of so many streams at a time, which begin over spread_s.
 
         Nobody who sends on his own is in step with the others. Streams that are, because they all begin at once and
-        are equally long, have their prompts computed in one step, and are answered an eighth to a fifth faster.
+        are equally long, have their prompts computed in one step, and are answered faster.
         """
         told = {"streams": streams, "seconds": PEAK_S, "spread_s": spread_s}
         return _rate(self.storm("closed", **told, timeout_s=PEAK_S + 90), SPREAD_S, PEAK_S)
