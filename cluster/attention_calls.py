@@ -96,6 +96,9 @@ async def _follow(answers: "Answers", box: Mailbox) -> None:
                 box.put(place, answer)
                 place += 1
         box.end(place if num_outputs is None else num_outputs)
+    except asyncio.CancelledError:
+        box.fail(ReplicaLost("the call to the attention replica was cancelled; try again"))  # nobody waits for ever
+        raise
     except Exception as exc:
         box.fail(unwrapped(exc))
 

@@ -10,6 +10,7 @@ import logging
 import struct
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import msgspec
@@ -74,37 +75,46 @@ class OutputLinks:
     def __init__(self, secret: bytes, identity: Identity) -> None:
         self._secret = secret
         self._identity = identity
-        self._links: dict[str, asyncio.Task[OutputLink | None]] = {}
-        self._tried_s: dict[str, float] = {}
+        self._tries: dict[str, _Try] = {}
 
     async def to(self, address: str) -> OutputLink | None:
         """None where the gateway cannot be reached, such as from another node: outputs go by Ray then."""
-        opened = self._links.get(address)
-        if opened is None or (opened.done() and self._is_worth_another_try(address, opened.result())):
-            self._tried_s[address] = time.monotonic()
-            opened = self._links[address] = asyncio.create_task(self._open(address))
-        return await asyncio.shield(opened)  # others wait for it, too
+        tried = self._tries.get(address)
+        if tried is None or tried.is_over():
+            self._tries = {other: each for other, each in self._tries.items() if not each.is_over()}
+            tried = self._tries[address] = _Try(asyncio.create_task(self._open(address)))
+        return await asyncio.shield(tried.link)  # others wait for it, too
 
     def close(self) -> None:
-        for opened in self._links.values():
-            if opened.done() and (link := opened.result()) is not None:
+        for tried in self._tries.values():
+            if tried.link.done() and (link := tried.link.result()) is not None:
                 link.close()
-
-    def _is_worth_another_try(self, address: str, link: OutputLink | None) -> bool:
-        if link is None:
-            return time.monotonic() - self._tried_s[address] > AGAIN_S
-        return link.is_lost
 
     async def _open(self, address: str) -> OutputLink | None:
         try:
             sock, _ = await asyncio.to_thread(
                 connect, address, self._secret, self._identity, timeout_s=CONNECT_TIMEOUT_S
             )
-        except LinkError as error:
+            sock.setblocking(False)
+            return (await asyncio.get_running_loop().create_unix_connection(OutputLink, sock=sock))[1]
+        except (LinkError, OSError) as error:
             log.warning("outputs go to a gateway by Ray", extra={"gateway": address, "reason": str(error)})
             return None
-        sock.setblocking(False)
-        return (await asyncio.get_running_loop().create_unix_connection(OutputLink, sock=sock))[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Try:
+    """An attempt to reach a gateway."""
+
+    link: asyncio.Task[OutputLink | None]
+    begun_s: float = field(default_factory=time.monotonic)
+
+    def is_over(self) -> bool:
+        """Whether its link has been lost, or another attempt is worth its time."""
+        if not self.link.done():
+            return False
+        link = self.link.result()
+        return time.monotonic() - self.begun_s > AGAIN_S if link is None else link.is_lost
 
 
 def frame(outputs: Sequence[Sent]) -> bytes:

@@ -169,6 +169,19 @@ async def test_who_leaves_cancels_the_call_until_it_has_ended(
     assert not inbox._mailboxes
 
 
+async def test_a_call_that_is_cancelled_under_its_reader_is_an_error(
+    attentions: Attentions, inbox: Inbox, vllm: Vllm
+) -> None:
+    vllm.delay_s = 30.0
+    handle = engine(attentions, inbox)
+    reading = asyncio.create_task(texts(handle))
+    await asyncio.sleep(0.05)
+    (following,) = handle._tasks
+    following.cancel()
+    with pytest.raises(ReplicaLost, match="cancelled"):
+        await reading
+
+
 async def settled() -> None:
     """Returns when no task but the test's own goes on."""
     async with asyncio.timeout(5):

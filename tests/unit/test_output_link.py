@@ -152,6 +152,7 @@ async def test_who_cannot_be_reached_is_not_asked_again_at_once(
         assert await links.to(nobody) is None
         monkeypatch.setattr(output_link, "AGAIN_S", 0.0)
         assert await links.to(nobody) is not None
+        assert list(links._tries) == [nobody]
         os.rename(nobody.removeprefix("unix:"), inbox.address.removeprefix("unix:"))
 
 
