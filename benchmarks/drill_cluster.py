@@ -184,9 +184,18 @@ def _without_link(members: Collection[Process]) -> str | None:
 def _engines_below(pid: int) -> list[int]:
     try:
         children = psutil.Process(pid).children(recursive=True)
-        return [child.pid for child in children if child.name().startswith("VLLM::EngineCor") and _is_alive(child.pid)]
+        return [child.pid for child in children if _is_alive(child.pid) and is_engine(child)]
     except psutil.NoSuchProcess:
         return []
+
+
+def is_engine(process: psutil.Process) -> bool:
+    """Of a process below an attention replica. Raises psutil.NoSuchProcess where it has ended.
+
+    Its title is VLLM::EngineCore, of which the kernel keeps 15 bytes as its name. Now and then an engine has no title:
+    what sets it finds no place where its environment was changed. Then it is known by how it was started.
+    """
+    return process.name() == "VLLM::EngineCor" or "multiprocessing.spawn" in " ".join(process.cmdline())
 
 
 def _has_name(process: psutil.Process, name: str) -> bool:

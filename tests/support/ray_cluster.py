@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ import grpc
 import psutil
 import yaml
 
+from benchmarks.drill_cluster import is_engine
 from cluster.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
 
 START_TIMEOUT_S = 420
 STOP_TIMEOUT_S = 90
-ENGINE = "VLLM::EngineCor"  # the kernel keeps no more of VLLM::EngineCore
 WARNING = re.compile("warning|error|exception", re.IGNORECASE)
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ class Cluster:
 
     def engine_pids(self) -> set[int]:
         """Processes of the attention engines: the children of the attention replicas."""
-        return {child.pid for member in self.members("attention") for child in _children(member["pid"], ENGINE)}
+        return {child.pid for member in self.members("attention") for child in _children(member["pid"], is_engine)}
 
     def generate(self, ids: list[int], num_tokens: int, *, timeout_s: float = 120) -> list[int]:
         """Greedy tokens over gRPC. Raises grpc.RpcError."""
@@ -96,7 +96,7 @@ class Cluster:
             status = json.dumps(self.status())
         except OSError as error:
             status = repr(error)
-        processes = [f"{p.pid} {p.ppid()} {p.status()} {p.name()}" for p in _children(self.owner_pid, "")]
+        processes = [f"{p.pid} {p.ppid()} {p.status()} {p.name()}" for p in _children(self.owner_pid)]
         logs = Path(json.loads((self.home / "cluster.json").read_text())["log_dir"])
         ends = [
             f"{file.name}: {line[:300]}"
@@ -109,13 +109,13 @@ class Cluster:
         return "\n".join([status, memory, *processes, *ends[-60:]])
 
 
-def _children(pid: int, name: str) -> list[psutil.Process]:
-    """Descendants whose name begins so; those that end meanwhile are left out."""
+def _children(pid: int, wanted: Callable[[psutil.Process], bool] = lambda _: True) -> list[psutil.Process]:
+    """Descendants that are wanted; those that end meanwhile are left out."""
     found = []
     try:
         for child in psutil.Process(pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if child.name().startswith(name):
+                if wanted(child):
                     found.append(child)
     except psutil.NoSuchProcess:
         pass  # killed, and its lease has not run out yet
