@@ -192,10 +192,11 @@ def _engines_below(pid: int) -> list[int]:
 def is_engine(process: psutil.Process) -> bool:
     """Of a process below an attention replica. Raises psutil.NoSuchProcess where it has ended.
 
-    Its title is VLLM::EngineCore, of which the kernel keeps 15 bytes as its name. Now and then an engine has no title:
-    what sets it finds no place where its environment was changed. Then it is known by how it was started.
+    Its title is VLLM::EngineCore, of which the kernel keeps 15 bytes as its name; psutil adds the rest where it can.
+    Now and then an engine has no title: what sets it finds no place where its environment was changed. Then it is
+    known by how it was started.
     """
-    return process.name() == "VLLM::EngineCor" or "multiprocessing.spawn" in " ".join(process.cmdline())
+    return process.name().startswith("VLLM::EngineCor") or "multiprocessing.spawn" in " ".join(process.cmdline())
 
 
 def _has_name(process: psutil.Process, name: str) -> bool:

@@ -17,7 +17,8 @@ class Process:
 @pytest.mark.parametrize(
     ("process", "expected"),
     [
-        (Process("VLLM::EngineCor", "VLLM::EngineCore"), True),
+        (Process("VLLM::EngineCor"), True),
+        (Process("VLLM::EngineCore", "VLLM::EngineCore"), True),
         (Process("python3", "python3", "-c", "from multiprocessing.spawn import spawn_main; spawn_main()"), True),
         (Process("python3", "python3", "-c", "from multiprocessing.resource_tracker import main;main(80)"), False),
         (Process("ray::Attention"), False),
