@@ -22,7 +22,7 @@ from deploy.config import DeploymentConfig
 from experts.checkpoint import Checkpoint
 from experts.handshake import write_secret
 from experts.served_model import ServedModel
-from experts.weights import bytes_needed, resident_bytes
+from experts.weights import bytes_needed
 
 LOAD_TIMEOUT_S = 600.0
 RUN_TIMEOUT_S = 1800.0
@@ -70,7 +70,7 @@ class Engines:
                 return _PROCESS_BYTES
             case "experts":
                 held = num_experts // member.num_groups
-                return _PROCESS_BYTES + resident_bytes(checkpoint, held, dtype, on_cpu=True)
+                return _PROCESS_BYTES + bytes_needed(checkpoint, held, dtype)
 
 
 class Fleet:
@@ -176,7 +176,9 @@ class Fleet:
 
     def _engine_environment(self, member: Member) -> dict[str, str]:
         modified = member.kind == "attention"
-        threads = self._engines.config.attention.threads if modified else self._engines.baseline_threads
+        # Engines that share the streams share the cores.
+        shared = max(self._engines.config.attention.threads // member.num_engines, 1)
+        threads = shared if modified else self._engines.baseline_threads
         with patch.dict(os.environ, clean_environment(), clear=True):
             prepare_environment(threads=threads)
             environment = dict(os.environ)

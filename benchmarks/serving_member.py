@@ -53,6 +53,7 @@ def start_experts(model: ServedModel, config: DeploymentConfig, group: int) -> R
         group=group,
         limits=Limits.of(shape, max_rows=model.max_rows),
     )
+    # give_way(config.experts.niceness)
     server.start()
     return Replica(member_id=f"experts-{group}", group=group, address=server.address, incarnation=incarnation)
 

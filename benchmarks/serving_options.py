@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go; without it they are shown only")
     parser.add_argument("--baseline-threads", type=count, default=2, metavar="N", help="compute threads of vLLM (2)")
-    parser.add_argument("--attention-threads", type=count, metavar="N", help="of each attention engine")
+    parser.add_argument("--attention-threads", type=count, metavar="N", help="of the engines of a setup together")
     parser.add_argument("--expert-threads", type=count, metavar="N", help="of each expert group")
     parser.add_argument("--kv-cache-mib", type=count, default=256, metavar="N", help="of each engine (256)")
     given = vars(parser.parse_args(arguments))
@@ -117,7 +117,7 @@ def settings_of(options: Options, engines: Engines) -> dict[str, str]:
         "requests": f"{options.prompt} random tokens in, {options.output} greedy tokens out, "
         f"all streams submitted at once; {options.rounds} rounds",
         "threads": f"vllm {engines.baseline_threads}, {TENSOR_PARALLEL} {engines.baseline_threads} over both ranks, "
-        f"attention {config.attention.threads} an engine, experts {config.experts.threads} a group",
+        f"attention {config.attention.threads} over all engines of a setup, experts {config.experts.threads} a group",
         "engines": f"eager, no prefix cache, at most {config.attention.max_num_seqs} sequences, "
         f"KV cache of {config.attention.kv_cache_mib} MiB each",
     }

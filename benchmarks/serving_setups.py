@@ -17,18 +17,20 @@ Kind = Literal["vllm", "vllm-tp2", "attention", "router", "experts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One process of a setup. Setups with the same D have members in common: they never run at the same time."""
+    """One process of a setup. Setups with the same D have a plane in common: they never run at the same time."""
 
     kind: Kind
     num_groups: int = 0  # D of its data plane; 0: it has none
     index: int = 0  # which engine, or which expert group
+    num_engines: int = 1  # that share an engine's threads with it
 
     @property
     def name(self) -> str:
         if not self.num_groups:
             return self.kind
         number = "" if self.kind == "router" else f"-{self.index}"
-        return f"D={self.num_groups} {self.kind}{number}"
+        of = f" x{self.num_engines}" if self.num_engines > 1 else ""
+        return f"D={self.num_groups}{of} {self.kind}{number}"
 
     @property
     def is_engine(self) -> bool:
@@ -58,8 +60,10 @@ class Setup:
         """The processes that take requests."""
         if not self.num_groups:
             return self.members
-        engines = range(self.num_engines)
-        return tuple(Member(kind="attention", num_groups=self.num_groups, index=i) for i in engines)
+        return tuple(
+            Member(kind="attention", num_groups=self.num_groups, index=i, num_engines=self.num_engines)
+            for i in range(self.num_engines)
+        )
 
 
 def parse_setup(name: str) -> Setup:

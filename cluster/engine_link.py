@@ -7,13 +7,14 @@ from typing import Self, cast
 import torch
 
 from cluster.exporter import OFF, Publisher
+from cluster.helper_threads import HelperThreads
 from cluster.metrics import ENGINE
 from cluster.router_client import RouterAddress, RouterClient, TracedRouterClient
 from cluster.step import CURRENT
 from cluster.traces import set_up_steps
 from cluster.traces_config import TracesConfig
+from cluster.vllm_rounding import kernel_truncates
 from experts.checkpoint import open_checkpoint
-from experts.compute_cpu import kernel_truncates
 from experts.handshake import Identity, Role, fresh_incarnation, model_fingerprint, read_secret
 from experts.shape import MoEShape
 from experts.wire import Limits
@@ -49,6 +50,7 @@ class EngineLinkOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLink:
     client: RouterClient
+    helpers: HelperThreads  # of the thread that computes steps
     shape: MoEShape
     max_rows: int  # tokens of one step at most
     start_timeout_s: float
@@ -82,6 +84,7 @@ def open_link(given: EngineLinkOptions, dtype: torch.dtype) -> EngineLink:
     )
     return EngineLink(
         client=client,
+        helpers=HelperThreads(),
         shape=shape,
         max_rows=given.max_rows,
         start_timeout_s=given.start_timeout_s,

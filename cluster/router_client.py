@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.metrics import ENGINE, EngineMetrics
 from cluster.step import Step, Trip
-from experts.compute_cpu import kernel_truncates
+from cluster.vllm_rounding import kernel_truncates
 from experts.errors import LinkError
 from experts.handshake import Identity
 from experts.link import BlockingLink, connect

@@ -6,6 +6,7 @@ vLLM keeps the gate, the shared experts, the scaling and the sum; which experts 
 import dataclasses
 import re
 from collections.abc import Generator, Iterable
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -57,12 +58,13 @@ class RemoteExpertsMethod(FusedMoEMethodBase):
         """x: [num_tokens, hidden_size] model dtype; router_logits: [num_tokens, num_experts]. A fresh tensor like x."""
         link = RemoteExpertsMethod.link
         assert link is not None, "the loader sets the link before the first forward pass"
-        link.client.ask(_layer_index(layer.layer_name), x, router_logits, scale=layer.routed_scaling_factor)
-        # The shared experts are computed here while the routed ones are computed elsewhere.
-        shared = get_forward_context().no_compile_layers[layer.layer_name]._shared_experts
-        if shared is not None:
-            shared(x, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        return link.client.answer(like=x)
+        with link.helpers.parked() if x.device.type == "cpu" else nullcontext():
+            link.client.ask(_layer_index(layer.layer_name), x, router_logits, scale=layer.routed_scaling_factor)
+            # The shared experts are computed here while the routed ones are computed elsewhere.
+            shared = get_forward_context().no_compile_layers[layer.layer_name]._shared_experts
+            if shared is not None:
+                shared(x, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+            return link.client.answer(like=x)
 
 
 class RemoteExpertsLoader(DefaultModelLoader):

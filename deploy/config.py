@@ -22,7 +22,7 @@ from deploy.sizing import ENGINE_BYTES, PROCESS_BYTES, RAY_BYTES
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.config import ExpertsConfig, ModelConfig, Settings
 from experts.errors import ConfigError
-from experts.weights import bytes_needed, resident_bytes
+from experts.weights import bytes_needed
 from experts.wire import Limits
 from router.config import RouterConfig
 
@@ -174,7 +174,7 @@ def memory_needed(resolved: Resolved) -> int:
     """Bytes that all replicas of a laptop deployment will hold together: an estimate, rounded up."""
     config, checkpoint = resolved.config, resolved.checkpoint
     shape = checkpoint.shape
-    routed = resident_bytes(checkpoint, shape.num_experts, getattr(torch, resolved.dtype), on_cpu=True)
+    routed = bytes_needed(checkpoint, shape.num_experts, getattr(torch, resolved.dtype))
     stored = sum(entry.file.stat().st_size for entry in {e.file: e for e in checkpoint.tensors.values()}.values())
     rest = max(stored - bytes_needed(checkpoint, shape.num_experts, checkpoint.dtype), 0)
     rest *= getattr(torch, resolved.dtype).itemsize / checkpoint.dtype.itemsize

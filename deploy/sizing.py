@@ -122,9 +122,7 @@ class Sizing:
     def experts(self) -> DeviceUse:
         """One copy of one group. A batch joins the rows of all engines, and a row may want all its experts here."""
         shape, b = self.size.shape, itemsize(self.dtype)
-        stored = self.size.group_bytes(self.config.experts.groups, self.dtype)
-        # As experts/weights.resident_bytes: on a CPU the second of three matrices is kept in float32.
-        weights = stored * 4 // 3 if b == 2 and not self.experts_on_gpu else stored
+        weights = self.size.group_bytes(self.config.experts.groups, self.dtype)
         rows = self.config.max_rows * self.config.attention.most_replicas
         pairs = rows * min(shape.top_k, shape.num_experts // self.config.experts.groups)
         per_pair = shape.hidden_size * (3 * b + 12) + shape.moe_intermediate_size * 4 * b  # 12: three in float32

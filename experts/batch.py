@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from experts.compute import Pairs
+from experts.pairs import Pairs
 
 Asker = TypeVar("Asker")
 

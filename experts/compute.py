@@ -1,7 +1,7 @@
 """The work of an expert group: the weighted sum of its experts' outputs for each row of one layer.
 
-Three paths with one meaning: a plain loop (the twin of the others, and what is left when nothing else runs), vLLM's
-CPU kernel, and torch's grouped matmul. A row's result depends on this row alone: neither on the other rows of the
+Three paths with one meaning: a plain loop (the twin of the others, and what is left when nothing else runs), compiled
+loops for CPUs, and torch's grouped matmul. A row's result depends on this row alone: neither on the other rows of the
 batch nor on its place among them.
 """
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from experts.compute_cpu import KernelFFN, why_no_kernel
-from experts.compute_cpu16 import KernelFFN16
 from experts.compute_cuda import GroupedFFN, why_not_grouped
 from experts.errors import ConfigError
 from experts.pairs import Pairs
@@ -54,7 +53,7 @@ def make_expert_ffn(weights: dict[int, LayerWeights], *, path: Path = "auto") ->
     chosen = _choose(first, path)
     paths: dict[Path, Callable[[dict[int, LayerWeights]], ExpertFFN]] = {
         "loop": LoopFFN,
-        "kernel": KernelFFN if first.w13.dtype is torch.float32 else KernelFFN16,
+        "kernel": KernelFFN,
         "grouped": GroupedFFN,
     }
     ffn = paths[chosen](weights)

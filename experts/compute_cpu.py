@@ -1,152 +1,132 @@
-"""Expert compute with vLLM's CPU kernel for mixtures of experts, loaded as a library: vLLM itself is not imported.
+"""Expert compute on a CPU with the compiled loops of experts/tiles.py: weights are read once, sums are float32.
 
-The kernel takes the same number of experts for every row, and here rows have different numbers. So each
-(row, expert) pair is a row of its own with one expert; the sum over a row's pairs is ours, in float32.
+16-bit weights stay 16 bits: activations are rounded to that type, as one process rounds them, and what comes of the
+second matrix is not rounded at all (docs/adr/0003).
 """
 
-import importlib.util
-import platform
-import threading
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from experts.pairs import Pairs, gather_rows, sum_rows
+from experts.pairs import Pairs
+from experts.tiles import TILE, activate, arrange, compute, project
+from experts.vectors import LANES, Kind
 from experts.weights import LayerWeights, pad_intermediate
 
-# The kernel wants both widths in multiples of this; the inner one can be padded with zeros, the hidden one not.
-ALIGNMENT = 32
-# The kernel keeps its scratch space per process: two calls at a time crash it.
-_KERNEL_LOCK = threading.Lock()
-# What we call. The kernel is an internal of vLLM: anything else than exactly this is not touched.
-_SCHEMAS = {
-    "cpu_fused_moe": "_C::cpu_fused_moe(Tensor(a0!) output, Tensor input, Tensor w13, Tensor w2, Tensor? w13_bias, "
-    "Tensor? w2_bias, Tensor topk_weights, Tensor topk_id, bool skip_weighted, str act, str isa) -> ()",
-    "prepack_moe_weight": "_C::prepack_moe_weight(Tensor weight, Tensor(a1!) packed_weight, str isa) -> ()",
-}
+_KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float16: Kind.FLOAT16}
+_CACHE_LINE_BYTES = 64
+
+Units = NDArray[np.int32]  # one float32 each, or two neighbours of 16 bits
+Floats = NDArray[np.float32]
 
 
 def why_no_kernel(example: LayerWeights) -> str | None:
-    """None when KernelFFN can take such weights on this machine, else the reason as part of a sentence."""
+    """None when KernelFFN can take such weights, else the reason as part of a sentence."""
     if example.w13.device.type != "cpu":
         return f"the weights are on {example.w13.device.type}"
-    if example.w13.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the kernel does not compute in {example.w13.dtype}"
-    if example.hidden_size % ALIGNMENT:
-        return f"the hidden size {example.hidden_size} is not a multiple of {ALIGNMENT}"
-    return _load_library()
+    if example.w13.dtype not in _KINDS:
+        return f"it does not compute in {example.w13.dtype}"
+    if example.hidden_size % TILE:
+        return f"the hidden size {example.hidden_size} is not a multiple of {TILE}"
+    return None
 
 
 class KernelFFN:
-    """Holds float32 weights of a group in the kernel's own packing. Ask why_no_kernel first.
+    """Holds the weights of a group in the order in which the loops read them. Ask why_no_kernel first.
 
-    Weights of 16 bits need experts/compute_cpu16.py, whose sums stay float32 to the end.
+    Computes on as many threads as torch does when it is made.
     """
 
     def __init__(self, weights: dict[int, LayerWeights]) -> None:
         """weights: emptied as it goes; at most one layer is in memory both packed and unpacked."""
-        self._layers = {layer: self._pack(weights.pop(layer)) for layer in list(weights)}
+        example = next(iter(weights.values()))
+        kind = _KINDS[example.w13.dtype]
+        self._kind = kind.value(0)
+        self._dtype, self._hidden_size = example.w13.dtype, example.hidden_size
+        self._num_experts = example.num_local_experts
+        del example
+        self._layers = {layer: _pack(weights.pop(layer)) for layer in list(weights)}
+        self._inner_size = max(w13.shape[1] * LANES for w13, _ in self._layers.values())
+        self._make_room(1)
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kernel") if self._threads > 1 else None
 
     def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
-        """x: [num_rows, hidden_size] -> [num_rows, hidden_size]."""
-        packed = self._layers[layer]
-        packed.check_input(x)
-        if not pairs.num_pairs:
-            return torch.zeros(x.shape, dtype=torch.float32)
-        pairs.check_experts(packed.num_local_experts)
-        inputs = gather_rows(x, pairs)
-        outputs = torch.empty_like(inputs)
-        fused_moe(outputs, inputs, packed.w13, packed.w2, pairs.expert, pairs.weight)
-        return sum_rows(outputs, pairs, x.shape[0])
+        """x: [num_rows, hidden_size] -> partial sums [num_rows, hidden_size] float32; as experts/compute.ExpertFFN."""
+        w13, w2 = self._layers[layer]
+        if x.ndim != 2 or x.shape[1] != self._hidden_size or x.dtype != self._dtype:
+            raise ValueError(f"x is {list(x.shape)} {x.dtype}; hidden_size={self._hidden_size} and {self._dtype=}")
+        out = np.zeros(x.shape, np.float32)
+        if pairs.num_pairs > len(self._act):
+            self._make_room(pairs.num_pairs)
+        run = compute if self._pool is None else self._compute_on_threads
+        given = (x.float().contiguous().numpy(), pairs.row.numpy(), pairs.expert.numpy(), pairs.weight.numpy())
+        if not run(self._kind, *given, w13, w2, self._x_blocks, self._act, out):
+            pairs.check_experts(self._num_experts)
+            raise ValueError(f"a pair names a row that is not one of the {len(x)}")
+        return torch.from_numpy(out)
 
-    def _pack(self, plain: LayerWeights) -> LayerWeights:
-        plain = pad_intermediate(plain, ALIGNMENT)
-        return LayerWeights(w13=pack(plain.w13), w2=pack(plain.w2))
+    def _make_room(self, num_pairs: int) -> None:
+        """For the largest batch so far; what it holds means nothing from one call to the next."""
+        self._x_blocks = np.empty((num_pairs, self._hidden_size), np.float32)
+        self._act = np.empty((num_pairs, self._inner_size), np.float32)
 
+    def _compute_on_threads(
+        self,
+        kind: np.generic,
+        x: Floats,
+        row: NDArray[np.int32],
+        expert: NDArray[np.int32],
+        weight: Floats,
+        w13: Units,
+        w2: Units,
+        x_blocks: Floats,
+        act: Floats,
+        out: Floats,
+    ) -> bool:
+        """experts/tiles.compute with the columns of each step shared out; the same bits."""
+        begin = np.empty(len(w13) + 1, np.int64)
+        distance, factor = np.empty(len(row), np.int64), np.empty(len(row), np.float32)
+        if not arrange(x, row, expert, weight, x_blocks, begin, distance, factor, 4 * out.shape[1]):
+            return False
+        self._share(w13.shape[1], lambda first, last: activate(kind, begin, x_blocks, w13, act, first, last))
+        self._share(w2.shape[1], lambda first, last: project(kind, begin, distance, factor, act, w2, out, first, last))
+        return True
 
-def fused_moe(
-    out: Tensor, x: Tensor, w13: Tensor, w2: Tensor, expert: Tensor, weight: Tensor, bias13: Tensor | None = None
-) -> None:
-    """One call of the kernel: out[p] = weight[p] * w2[e] (silu(gate) * up), with gate, up = w13[e] x[p] + bias13[e].
-
-    out, x: [num_pairs, hidden_size] of one dtype. w13, w2: packed, and of the same dtype. expert: [num_pairs] int32.
-    weight: [num_pairs] float32. bias13: [num_experts, 2 * width] float32.
-    """
-    ids, scales = expert.view(-1, 1), weight.view(-1, 1)
-    with _KERNEL_LOCK:
-        torch.ops._C.cpu_fused_moe(out, x, w13, w2, bias13, None, scales, ids, False, "silu", isa_of(x.dtype))
-
-
-def pack(weight: Tensor) -> Tensor:
-    """[num_experts, rows, columns] in the order in which the kernel reads it."""
-    packed = torch.empty_like(weight)
-    torch.ops._C.prepack_moe_weight(weight, packed, isa_of(weight.dtype))
-    return packed
-
-
-@cache
-def kernel_truncates(dtype: torch.dtype) -> bool:
-    """Whether vLLM's kernel cuts off the low bits of its float32 sums here, where others round to the nearest value.
-
-    Its build for CPUs without bfloat16 instructions does that for bfloat16. Whoever adds the experts up elsewhere has
-    to end as the kernel ends, or the tokens drift from those of one process. False where there is no kernel.
-    """
-    if dtype is torch.float32 or torch.cuda.is_available() or _load_library() is not None:
-        return False
-    width = ALIGNMENT
-    # gate = 64 and up = 1 / 64 in every element, so the activation is 1; the sum is then the weight itself.
-    w13 = torch.zeros(1, 2 * width, width)
-    w13[0, :width, 0], w13[0, width:, 0] = 64.0, 1 / 64
-    x, out = torch.zeros(1, width, dtype=dtype), torch.empty(1, width, dtype=dtype)
-    x[0, 0] = 1.0
-    above_half = torch.tensor([1 + 0.75 * torch.finfo(dtype).eps])
-    identity = pack(torch.eye(width, dtype=dtype).unsqueeze(0))
-    fused_moe(out, x, pack(w13.to(dtype)), identity, torch.zeros(1, dtype=torch.int32), above_half)
-    return bool((out == 1.0).all())
+    def _share(self, num_tiles: int, work: Callable[[int, int], object]) -> None:
+        """Calls work(first tile, last tile) for a share on each thread, and waits for all."""
+        assert self._pool is not None
+        bounds = [num_tiles * share // self._threads for share in range(self._threads + 1)]
+        for done in [self._pool.submit(work, first, last) for first, last in pairwise(bounds)]:
+            done.result()
 
 
-@cache
-def isa_of(dtype: torch.dtype) -> str:
-    """The kernel's instruction set: tiles where the CPU has them, which multiply bfloat16 only; else vectors."""
-    # The operating system grants tiles to a process that asks; without the grant they are illegal instructions.
-    tiles = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
-    return "amx" if tiles else "vec"
+def _pack(plain: LayerWeights) -> tuple[Units, Units]:
+    """w13 as [n, width / 16, hidden units, 32], of which 16 columns are gate and 16 up; w2 as [n, hidden / 32, ...]."""
+    padded = pad_intermediate(plain, LANES)
+    gate = np.arange(padded.intermediate_size).reshape(-1, LANES)
+    gate_and_up = np.concatenate([gate, gate + padded.intermediate_size], axis=1)
+    return _tiled(padded.w13, gate_and_up), _tiled(padded.w2, np.arange(padded.hidden_size).reshape(-1, TILE))
 
 
-@cache
-def _load_library() -> str | None:
-    """Makes torch.ops._C.cpu_fused_moe available; None, or the reason why it is not."""
-    if not hasattr(_ops(), "cpu_fused_moe"):  # it is there when this process has imported vLLM
-        spec = importlib.util.find_spec("vllm")
-        if spec is None or spec.origin is None:
-            return "vLLM is not installed"
-        library = Path(spec.origin).parent / f"{_library_name()}.abi3.so"
-        if not library.is_file():
-            return f"vLLM has no {library.name}"
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            return f"{library.name} does not load ({error})"
-    for name, expected in _SCHEMAS.items():
-        if not hasattr(_ops(), name):
-            return f"this vLLM has no CPU kernel {name}"
-        found = str(getattr(_ops(), name).default._schema)
-        if found != expected:
-            return f"this vLLM's CPU kernel {name} has another signature ({found})"
-    return None
+def _tiled(matrices: Tensor, columns: NDArray[np.int64]) -> Units:
+    """matrices: [n, num_columns, inner]; columns: [num_tiles, 32], which go into each tile."""
+    units = matrices.contiguous().view(torch.int32).numpy()
+    num_matrices, _, num_units = units.shape
+    tiled = _aligned(num_matrices, len(columns), num_units, TILE)
+    for source, target in zip(units, tiled, strict=True):
+        target[...] = source[columns.reshape(-1)].reshape(len(columns), TILE, num_units).transpose(0, 2, 1)
+    return tiled
 
 
-def _ops() -> object:
-    return torch.ops._C
-
-
-def _library_name() -> str:
-    """The build of the kernels for this CPU; the same choice as vLLM's, of which only one build can be loaded."""
-    if platform.machine().lower() in ("x86_64", "amd64", "i386", "i686"):
-        if not torch.cpu._is_avx512_supported():
-            return "_C_AVX2"
-        if not torch.cpu._is_avx512_bf16_supported():
-            return "_C_AVX512"
-    return "_C"
+def _aligned(*shape: int) -> Units:
+    """Memory whose tiles begin with cache lines, as the loops expect; numpy asks for huge pages where there is much."""
+    size_bytes = 4 * int(np.prod(shape))
+    memory = np.empty(size_bytes + _CACHE_LINE_BYTES, np.uint8)
+    begin = -memory.ctypes.data % _CACHE_LINE_BYTES
+    return memory[begin : begin + size_bytes].view(np.int32).reshape(shape)

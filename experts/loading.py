@@ -18,7 +18,7 @@ from experts.metrics import ExpertMetrics
 from experts.served_model import ServedModel
 from experts.server import ExpertServer
 from experts.shape import MoEShape
-from experts.weights import load_group, resident_bytes
+from experts.weights import bytes_needed, load_group
 from experts.wire import Limits
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class LoadedGroup:
 
 def check_memory(checkpoint: Checkpoint, num_experts_held: int, dtype: torch.dtype, *, on_gpu: bool) -> None:
     """Raises ConfigError where the experts of one replica do not fit into the memory that is free."""
-    needed = resident_bytes(checkpoint, num_experts_held, dtype, on_cpu=not on_gpu)
+    needed = bytes_needed(checkpoint, num_experts_held, dtype)
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from experts.batch import Batch, Rows, join
-from experts.compute import Pairs
 from experts.counting import MAX_NOTES
 from experts.errors import FrameError
 from experts.handshake import Role
@@ -20,6 +19,7 @@ from experts.link import Conn
 from experts.load import LoadMeter
 from experts.loop import DataPlaneLoop
 from experts.metrics import BatchNote
+from experts.pairs import Pairs
 from experts.wire import DType, Header, Kind, Limits
 
 log = logging.getLogger(__name__)

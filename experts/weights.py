@@ -21,7 +21,6 @@ __all__ = [
     "pad_intermediate",
     "read_bias",
     "read_experts",
-    "resident_bytes",
 ]
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), in the dtype that is loaded
@@ -110,12 +109,6 @@ def read_bias(checkpoint: Checkpoint, layer: int) -> Tensor | None:
         return None
     ((_, bias),) = _read_tensors(checkpoint, [name])
     return bias.to(torch.float32)
-
-
-def resident_bytes(checkpoint: Checkpoint, num_experts_held: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
-    """Memory of a replica's weights as they are kept: on a CPU, 16-bit ones have their second matrix in float32."""
-    stored = bytes_needed(checkpoint, num_experts_held, dtype)
-    return stored * 4 // 3 if on_cpu and dtype.itemsize == 2 else stored
 
 
 def bytes_needed(checkpoint: Checkpoint, num_experts_held: int, dtype: torch.dtype) -> int:

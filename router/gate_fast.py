@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from experts.compiled import compiled
 from experts.shape import MoEShape
-from router.compiled import compiled
 from router.gate import check_arguments, route
 from router.gate_kernels import PLAIN, SIGMOID, SOFTMAX, route_rows
 

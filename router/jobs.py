@@ -7,9 +7,9 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from experts.compiled import compiled
 from experts.placement import Replica
 from experts.wire import Header
-from router.compiled import compiled
 from router.plan import GroupRows
 from router.plan_kernels import add_rows
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from router.compiled import compiled
+from experts.compiled import compiled
 from router.plan_kernels import fill_plan
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from experts.compiled import compiled
 from experts.shape import MoEShape, RoutingMethod
 from router import gate_fast
-from router.compiled import compiled
 from router.gate import Routing, route
 from router.gate_fast import RoutingArrays, route_fast, warm_up
 from router.gate_kernels import route_rows

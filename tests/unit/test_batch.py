@@ -6,7 +6,6 @@ from torch import Tensor
 
 from experts.batch import Rows, join
 from experts.compute import ExpertFFN, LoopFFN, Pairs, make_expert_ffn
-from experts.compute_cpu import why_no_kernel
 from experts.weights import LayerWeights
 
 HIDDEN, INNER, EXPERTS = 64, 32, 6
@@ -46,8 +45,6 @@ def answers(ffn: ExpertFFN, waiting: list[Rows[str]]) -> dict[tuple[str, int], T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("path", ["loop", "kernel"])
 def test_joined_rows_have_the_same_bits_as_each_asker_alone(path: str, dtype: torch.dtype) -> None:
-    if path == "kernel" and why_no_kernel(weights(dtype)) is not None:
-        pytest.skip("vLLM's CPU kernel is not here")
     ffn = make_expert_ffn({1: weights(dtype), 2: weights(dtype)}, path=path)  # pyright: ignore[reportArgumentType]
     waiting = [rows_of(a, layer, n, dtype) for a, layer, n in (("a", 1, 7), ("b", 2, 3), ("c", 1, 1), ("d", 1, 20))]
     together = answers(ffn, waiting)

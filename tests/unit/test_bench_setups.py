@@ -79,10 +79,10 @@ def test_a_split_has_its_groups_a_router_and_its_engines():
         "D=2 experts-0",
         "D=2 experts-1",
         "D=2 router",
-        "D=2 attention-0",
-        "D=2 attention-1",
+        "D=2 x2 attention-0",
+        "D=2 x2 attention-1",
     ]
-    assert [member.name for member in setup.engines] == ["D=2 attention-0", "D=2 attention-1"]
+    assert [member.name for member in setup.engines] == ["D=2 x2 attention-0", "D=2 x2 attention-1"]
     assert parse_setup("D=2x2") == setup
 
 
@@ -92,8 +92,8 @@ def test_an_unknown_setup_is_refused(name: str):
         parse_setup(name)
 
 
-def test_setups_with_the_same_number_of_groups_share_their_processes():
-    assert len(members_of([parse_setup("D=4"), parse_setup("D=4 x2")])) == 4 + 1 + 2
+def test_setups_with_the_same_number_of_groups_share_their_groups_and_router_but_no_engine():
+    assert len(members_of([parse_setup("D=4"), parse_setup("D=4 x2")])) == 4 + 1 + 1 + 2
 
 
 def gib_each(member: Member) -> int:

@@ -6,11 +6,12 @@ import weakref
 
 import pytest
 import torch
+from vllm_kernels import fused_moe, load_vllm_kernels
 
-from experts import compute_cpu
+from cluster.vllm_rounding import kernel_truncates
+from experts import compute
 from experts.compute import LoopFFN, Pairs, expert_ffn_loop, make_expert_ffn
-from experts.compute_cpu import KernelFFN, fused_moe, kernel_truncates, pack, why_no_kernel
-from experts.compute_cpu16 import KernelFFN16
+from experts.compute_cpu import KernelFFN, why_no_kernel
 from experts.compute_cuda import GroupedFFN
 from experts.errors import ConfigError
 from experts.pairs import sum_rows
@@ -32,7 +33,7 @@ def some_pairs(row: list[int], expert: list[int], weight: list[float] | None = N
     )
 
 
-needs_kernel = pytest.mark.skipif(why_no_kernel(some_weights()) is not None, reason="vLLM's CPU kernel is not here")
+needs_vllm_kernels = pytest.mark.skipif(not load_vllm_kernels(), reason="vLLM's CPU kernels are not here")
 
 
 def test_the_loop_is_the_formula() -> None:
@@ -47,35 +48,27 @@ def test_the_loop_is_the_formula() -> None:
     assert out.flatten().tolist() == pytest.approx(expected)
 
 
-@needs_kernel
 def test_auto_takes_the_kernel_on_a_cpu() -> None:
     assert isinstance(make_expert_ffn({1: some_weights()}), KernelFFN)
 
 
-@pytest.mark.parametrize("reason", ["no library", "another signature"])
 def test_without_the_kernel_auto_is_the_loop_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compute_cpu, "_load_library", lambda: reason)
+    monkeypatch.setattr(compute, "why_no_kernel", lambda example: "such a reason")
     with caplog.at_level(logging.WARNING):
         assert isinstance(make_expert_ffn({1: some_weights()}), LoopFFN)
-    assert [record.__dict__["reason"] for record in caplog.records] == [reason]
-    with pytest.raises(ConfigError, match=reason):
+    assert [record.__dict__["reason"] for record in caplog.records] == ["such a reason"]
+    with pytest.raises(ConfigError, match="such a reason"):
         make_expert_ffn({1: some_weights()}, path="kernel")
 
 
-def test_a_kernel_with_another_signature_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    if why_no_kernel(some_weights()) is not None:
-        pytest.skip("vLLM's CPU kernel is not here")
-    monkeypatch.setitem(compute_cpu._SCHEMAS, "cpu_fused_moe", "_C::cpu_fused_moe(Tensor x) -> ()")
-    found = compute_cpu._load_library.__wrapped__()
-    assert found is not None and "cpu_fused_moe has another signature" in found
-
-
-def test_a_missing_vllm_is_a_reason_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute_cpu, "_ops", lambda: object())
-    monkeypatch.setattr(compute_cpu.importlib.util, "find_spec", lambda name: None)
-    assert compute_cpu._load_library.__wrapped__() == "vLLM is not installed"
+def test_weights_that_the_kernel_cannot_take_have_a_reason() -> None:
+    assert "multiple of 32" in str(why_no_kernel(some_weights(hidden=40)))
+    assert "torch.float64" in str(why_no_kernel(some_weights(dtype=torch.float64)))
+    assert "meta" in str(
+        why_no_kernel(LayerWeights(w13=torch.empty(1, 2, 32, device="meta"), w2=torch.empty(1, 32, 1)))
+    )
 
 
 def test_a_hidden_size_that_the_kernel_cannot_take_goes_to_the_loop() -> None:
@@ -89,8 +82,6 @@ def test_no_layer_is_refused() -> None:
 
 @pytest.mark.parametrize("path", ["loop", "kernel", "grouped"])
 def test_bad_input_is_a_value_error_and_never_reaches_a_kernel(path: str) -> None:
-    if path == "kernel" and why_no_kernel(some_weights()) is not None:
-        pytest.skip("vLLM's CPU kernel is not here")
     ffn = make_expert_ffn({1: some_weights()}, path=path)  # pyright: ignore[reportArgumentType]
     for expert in (-1, 4, 2**30):
         with pytest.raises(ValueError, match="num_local_experts"):
@@ -102,7 +93,6 @@ def test_bad_input_is_a_value_error_and_never_reaches_a_kernel(path: str) -> Non
         ffn(2, torch.zeros(1, 64), some_pairs([0], [0]))
 
 
-@needs_kernel
 def test_packed_and_plain_weights_are_never_both_kept() -> None:
     layers = {1: some_weights(), 2: some_weights(inner=40)}
     plain = [weakref.ref(tensor) for weights in layers.values() for tensor in (weights.w13, weights.w2)]
@@ -127,38 +117,67 @@ def test_results_do_not_share_memory_with_the_input_or_each_other() -> None:
         assert torch.equal(first, kept) and torch.equal(x, torch.ones(1, 64))
 
 
-@needs_kernel
+@needs_vllm_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_sums_split_over_groups_end_as_one_call_of_the_kernel_ends(dtype: torch.dtype) -> None:
+def test_sixteen_bit_sums_split_over_groups_end_as_vllms_kernel_ends(dtype: torch.dtype) -> None:
     weights = some_weights(n=6, hidden=64, inner=96, dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(40, 64, generator=generator).to(dtype)
     chosen = torch.stack([torch.randperm(6, generator=generator)[:4].sort().values for _ in range(40)])
     share = torch.rand(40, 4, generator=generator)
-    whole = torch.empty_like(x)
-    torch.ops._C.cpu_fused_moe(
-        whole, x, pack(weights.w13), pack(weights.w2), None, None, share, chosen.int(), False, "silu", "vec"
-    )
+    whole = fused_moe(x, weights.w13, weights.w2, share, chosen.int())
     ffn = make_expert_ffn({0: weights})
     halves = []
     for of_half in (chosen < 3, chosen >= 3):  # two expert groups, each adding up its own experts
         row, slot = torch.nonzero(of_half, as_tuple=True)
         halves.append(ffn(0, x, Pairs(row=row.int(), expert=chosen[row, slot].int(), weight=share[row, slot])))
     found = halves[0] + halves[1]
-    assert isinstance(ffn, KernelFFN16)
     ended = (found.view(torch.int32) & -65536).view(torch.float32) if kernel_truncates(dtype) else found
     # The order of the additions differs, so that a sum on the edge between two values may fall either way.
     assert (ended.to(dtype) == whole).float().mean() > 0.99
 
 
-@needs_kernel
-def test_how_the_kernel_ends_its_sums_is_found_out_and_not_assumed() -> None:
+@needs_vllm_kernels
+def test_how_vllms_kernel_ends_its_sums_is_found_out_and_not_assumed() -> None:
     assert not kernel_truncates(torch.float32)
-    out, x = torch.empty(1, 32, dtype=torch.bfloat16), torch.zeros(1, 32, dtype=torch.bfloat16)
+    x = torch.zeros(1, 32, dtype=torch.bfloat16)
     x[0, 0] = 1.0
     w13 = torch.zeros(1, 64, 32, dtype=torch.bfloat16)
     w13[0, :32, 0], w13[0, 32:, 0] = 64.0, 1 / 64
     identity = torch.eye(32, dtype=torch.bfloat16).unsqueeze(0)
-    just_below_two = torch.tensor([2 - 2**-9])  # nearest is 2, cut off it is the value below
-    fused_moe(out, x, pack(w13), pack(identity), torch.zeros(1, dtype=torch.int32), just_below_two)
+    just_below_two = torch.tensor([[2 - 2**-9]])  # nearest is 2, cut off it is the value below
+    out = fused_moe(x, w13, identity, just_below_two, torch.zeros(1, 1, dtype=torch.int32))
     assert (out < 2).all() == kernel_truncates(torch.bfloat16)
+
+
+@needs_vllm_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_expert_of_a_row_has_the_bits_of_vllms_kernel(dtype: torch.dtype) -> None:
+    weights = some_weights(n=3, hidden=128, inner=96, dtype=dtype)
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(4)).to(dtype)
+    expert, share = torch.arange(20, dtype=torch.int32) % 3, torch.linspace(0.1, 1, 20)
+    whole = fused_moe(x, weights.w13, weights.w2, share.view(-1, 1), expert.view(-1, 1))
+    pairs = Pairs(row=torch.arange(20, dtype=torch.int32), expert=expert, weight=share)
+    found = make_expert_ffn({0: weights})(0, x, pairs)
+    if kernel_truncates(dtype):
+        found = (found.view(torch.int32) & -65536).view(torch.float32)
+    # exp is another polynomial, so a few activations differ by a bit.
+    assert (found.to(dtype) == whole).float().mean() > (0.99 if dtype is torch.bfloat16 else 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_several_threads_compute_the_same_bits(dtype: torch.dtype) -> None:
+    weights = some_weights(n=5, hidden=96, inner=48, dtype=dtype)
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(5)).to(dtype)
+    pairs = some_pairs([i // 2 for i in range(100)], [(i // 2 + 2 * (i % 2)) % 5 for i in range(100)])
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(make_expert_ffn({0: weights})(0, x, pairs))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_a_row_that_is_not_there_is_a_value_error_in_the_kernel() -> None:
+    with pytest.raises(ValueError, match="not one of the 2"):
+        make_expert_ffn({1: some_weights()}, path="kernel")(1, torch.zeros(2, 64), some_pairs([2], [0]))

@@ -20,7 +20,7 @@ from deploy.sizing_page import MODEL_CONFIGS, Node, page, report
 from experts.checkpoint import open_checkpoint
 from experts.errors import ConfigError
 from experts.shape import MoEShape
-from experts.weights import bytes_needed, resident_bytes
+from experts.weights import bytes_needed
 
 ROOT = Path(__file__).parents[2]
 LITE, V2, V3 = "deepseek-v2-lite", "deepseek-v2", "deepseek-v3"
@@ -117,12 +117,10 @@ def test_a_group_weighs_what_our_reader_of_weights_will_hold(groups: int, dtype:
     held, torch_dtype = checkpoint.shape.num_experts // groups, cast("torch.dtype", getattr(torch, dtype))
     it = ModelSize.of(checkpoint.config)
     assert it.group_bytes(groups, dtype) == bytes_needed(checkpoint, held, torch_dtype)
-    config = on_cpus(model={"dtype": dtype, "max_model_len": 1024}, experts={"groups": groups})
-    on_cpu = Sizing.of(config, checkpoint.config).experts.weights_bytes
-    assert on_cpu == resident_bytes(checkpoint, held, torch_dtype, on_cpu=True)
-    config = on_gpus(model={"dtype": dtype, "max_model_len": 1024}, experts={"groups": groups})
-    on_gpu = Sizing.of(config, checkpoint.config).experts.weights_bytes
-    assert on_gpu == resident_bytes(checkpoint, held, torch_dtype, on_cpu=False)
+    for machine in (on_cpus, on_gpus):
+        config = machine(model={"dtype": dtype, "max_model_len": 1024}, experts={"groups": groups})
+        found = Sizing.of(config, checkpoint.config).experts.weights_bytes
+        assert found == bytes_needed(checkpoint, held, torch_dtype)
 
 
 def test_a_gpu_that_is_too_small_for_a_group_is_refused_with_the_numbers() -> None:
