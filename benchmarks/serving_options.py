@@ -32,6 +32,7 @@ QUICK: Mapping[str, object] = {
     "rounds": 2,
     "setups": tuple(map(parse_setup, ("vllm", "D=4"))),
 }
+VLLM_MIN_BATCHED_TOKENS = 2048  # to which vLLM raises the tokens of a step by itself, for latent attention on a CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,7 @@ def engines_of(options: Options) -> Engines:
             "model.dtype": options.dtype,
             "model.max_model_len": max(defaults.model.max_model_len, options.prompt + options.output),
             "attention.max_num_seqs": max(attention.max_num_seqs, *options.streams),
+            "attention.max_num_batched_tokens": VLLM_MIN_BATCHED_TOKENS,
             "attention.kv_cache_mib": options.kv_cache_mib,
             "experts.groups": 1,
         },

@@ -17,6 +17,7 @@ class AttentionConfig(Settings):
     niceness: int = Field(default=5, ge=0, le=19)  # of an engine's process: where cores are short, gateways go first
     kv_cache_mib: int = Field(default=128, ge=1)  # latent KV cache of an engine
     max_num_seqs: int = Field(default=64, ge=1)  # requests that one engine computes at a time
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)  # of one step; None: see DeploymentConfig.max_rows
     max_queued_requests: int = Field(default=1024, ge=1)  # past the ones in work; more are refused with 429
     step_timeout_s: float = Field(default=20.0, gt=0)  # a step that has no answer by then ends its requests
     start_timeout_s: float = Field(default=180.0, gt=0)  # how long an engine waits for its router when it starts

@@ -64,7 +64,8 @@ class DeploymentConfig(Settings):
     @property
     def max_rows(self) -> int:
         """Tokens of one step at most: without chunked prefill a whole prompt is one step."""
-        return max(self.model.max_model_len, self.attention.max_num_seqs)
+        attention = self.attention
+        return max(self.model.max_model_len, attention.max_num_seqs, attention.max_num_batched_tokens or 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -226,7 +226,6 @@ Nothing on it was measured on a GPU: it is arithmetic, and what is an estimate s
 - **GPU**: weights, the largest step and the KV cache must fit into {gpu_percent} of its memory. A replica uses one GPU, and is refused with the numbers where that is too small.
 - **Pods**: one replica in each. Memory of the host is the sum of {ray} MiB for Ray, a gateway or the controller, {process} MiB for a router or an expert replica, {engine} MiB for an engine, {cuda} MiB for a process's CUDA libraries, a buffer for the largest message on each link, and what the replica keeps on the host; {margin_percent} more as a margin; {shm} MiB for /dev/shm, which counts as memory of the pod; rounded up to {rounded} MiB.
 - An expert replica moves its weights to its GPU layer by layer, so its pod has room for two copies of one layer as memory of the host.
-- On a CPU, experts of 16 bits take 4/3 of their size: the second of their three matrices is kept in float32.
 - **At most**: the upper bounds of scaling, and on CPUs as many pods more as an upgrade replaces at a time. With GPUs a replica is stopped before it is replaced.
 """  # noqa: E501  (a sentence a line)
 

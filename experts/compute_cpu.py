@@ -55,6 +55,7 @@ class KernelFFN:
         self._make_room(1)
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kernel") if self._threads > 1 else None
+        self._warm_up()
 
     def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
         """x: [num_rows, hidden_size] -> partial sums [num_rows, hidden_size] float32; as experts/compute.ExpertFFN."""
@@ -70,6 +71,12 @@ class KernelFFN:
             pairs.check_experts(self._num_experts)
             raise ValueError(f"a pair names a row that is not one of the {len(x)}")
         return torch.from_numpy(out)
+
+    def _warm_up(self) -> None:
+        """Compiles the loops, or reads them from numba's cache, so that no request pays for it: 3 s, or a fraction."""
+        zero = torch.zeros(1, dtype=torch.int32)
+        pairs = Pairs(row=zero, expert=zero, weight=torch.zeros(1))
+        self(next(iter(self._layers)), torch.zeros(1, self._hidden_size, dtype=self._dtype), pairs)
 
     def _make_room(self, num_pairs: int) -> None:
         """For the largest batch so far; what it holds means nothing from one call to the next."""

@@ -146,6 +146,8 @@ def test_a_checkpoint_is_opened_and_named(nano: Path, file: Path) -> None:
     assert resolved(nano, file, model__served_name="mine").served_name == "mine"
     assert resolved(nano, file, model__dtype="float32").dtype == "float32"
     assert resolved(nano, file, model__max_model_len=16, attention__max_num_seqs=64).max_rows == 64
+    assert resolved(nano, file, model__max_model_len=512, attention__max_num_batched_tokens=2048).max_rows == 2048
+    assert resolved(nano, file, model__max_model_len=512, attention__max_num_batched_tokens=1).max_rows == 512
 
 
 def test_embedded_is_the_checkpoint_that_comes_with_the_package(file: Path) -> None:
