@@ -20,6 +20,7 @@ from benchmarks.serving_child import Request, serve
 from deploy.config import DeploymentConfig
 from experts.checkpoint import open_checkpoint
 from experts.compute import make_expert_ffn
+from experts.gently import give_way
 from experts.handshake import Identity, Role, fresh_incarnation, read_secret
 from experts.logs import set_up_logs
 from experts.placement import Placement, Replica
@@ -53,7 +54,7 @@ def start_experts(model: ServedModel, config: DeploymentConfig, group: int) -> R
         group=group,
         limits=Limits.of(shape, max_rows=model.max_rows),
     )
-    # give_way(config.experts.niceness)
+    give_way(config.experts.niceness)
     server.start()
     return Replica(member_id=f"experts-{group}", group=group, address=server.address, incarnation=incarnation)
 
