@@ -7,6 +7,9 @@ LLVM's language, which numba compiles for whatever CPU there is.
 Weights are int32 arrays of units (experts/vectors.py), everything else is float32.
 """
 
+# llvmlite and numba declare no types, and what is inferred of them is wrong: their builders' methods return a Value.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from collections.abc import Callable, Sequence
 
 import numpy as np
