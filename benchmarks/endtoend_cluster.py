@@ -97,7 +97,8 @@ def cluster_of(engines: Engines, setup: Setup) -> Resolved:
     config = engines.of_groups(setup.num_groups)
     http_port, grpc_port = free_ports(2)
     gateway = config.gateway.model_copy(update={"http_port": http_port, "grpc_port": grpc_port})
-    attention = config.attention.model_copy(update={"replicas": setup.num_engines})
+    threads = setup.engines[0].share_of(config.attention.threads)
+    attention = config.attention.model_copy(update={"replicas": setup.num_engines, "threads": threads})
     resolved = resolve(config.model_copy(update={"gateway": gateway, "attention": attention}))
     check_machine(resolved)
     return resolved

@@ -176,9 +176,8 @@ class Fleet:
 
     def _engine_environment(self, member: Member) -> dict[str, str]:
         modified = member.kind == "attention"
-        # Engines that share the streams share the cores.
-        shared = max(self._engines.config.attention.threads // member.num_engines, 1)
-        threads = shared if modified else self._engines.baseline_threads
+        of_all = self._engines.config.attention.threads
+        threads = member.share_of(of_all) if modified else self._engines.baseline_threads
         with patch.dict(os.environ, clean_environment(), clear=True):
             prepare_environment(threads=threads)
             environment = dict(os.environ)

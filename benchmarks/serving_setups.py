@@ -32,6 +32,10 @@ class Member:
         of = f" x{self.num_engines}" if self.num_engines > 1 else ""
         return f"D={self.num_groups}{of} {self.kind}{number}"
 
+    def share_of(self, threads: int) -> int:
+        """An engine's part of the threads of all: engines that share the streams share the cores."""
+        return max(threads // self.num_engines, 1)
+
     @property
     def is_engine(self) -> bool:
         return self.kind not in ("router", "experts")

@@ -161,7 +161,7 @@ def test_one_expert_of_a_row_has_the_bits_of_vllms_kernel(dtype: torch.dtype) ->
     found = make_expert_ffn({0: weights})(0, x, pairs)
     if kernel_truncates(dtype):
         found = (found.view(torch.int32) & -65536).view(torch.float32)
-    # exp is another polynomial, so a few activations differ by a bit.
+    # vLLM's builds for older CPUs have another exp; in float32 its sums are in another order.
     assert (found.to(dtype) == whole).float().mean() > (0.99 if dtype is torch.bfloat16 else 0.3)
 
 
