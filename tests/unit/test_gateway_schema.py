@@ -12,7 +12,13 @@ from cluster.gateway_schema import SchemaCheck
 from experts.errors import RequestError
 
 CITY = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
-SLOW = {"type": "string", "pattern": "(((a{1,200}){1,200}){1,50}){1,50}"}
+# Half a second for each property on a fast machine.
+SLOW = {
+    "type": "object",
+    "properties": {
+        f"p{i}": {"type": "string", "pattern": f"(((a{{1,200}}){{1,20{i}}}){{1,50}}){{1,50}}"} for i in range(9)
+    },
+}
 
 
 def of_schema(schema: object) -> dict[str, object]:
