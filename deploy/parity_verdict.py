@@ -18,6 +18,8 @@ against is measured on unmodified vLLM in the same run, on the same prompts.
    against together). Over all passes, their share must be at least the share of vLLM's own sequences that stay the same
    from one composition to the other. One by one is the composition that differs: batches of three or more give vLLM the
    same bits as all together, and a share measured with those would be 100 % and say nothing about rounding.
+   Where one by one gives the same bits, too, as on CPUs with bfloat16 instructions, a tenth may differ: expert groups
+   add in another order than one process, and none of 16 excludes only that more than a sixth differ (95 %, 3 / n).
 """
 
 import math
@@ -31,6 +33,7 @@ Composition = Literal["together", "one by one"]
 
 # Bits of the significand that are stored: a number in [2^e, 2^(e+1)) has units of 2^(e - bits).
 _STORED_BITS = {"bfloat16": 7, "float16": 10}
+_ONE_IN = 10  # sequences may differ where none of vLLM's own does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +196,8 @@ def _too_rare(results: tuple[PassResult, ...], num_prompts: int, *, own_identica
             f"{off_top} tokens are not vLLM's largest logit, and at most {allowed} are what vLLM's own would be"
         )
     identical, num_sequences = sum(result.identical for result in results), num_prompts * len(results)
-    if identical * num_prompts < own_identical * num_sequences:
+    may_differ = num_sequences // _ONE_IN if own_identical == num_prompts else 0
+    if (identical + may_differ) * num_prompts < own_identical * num_sequences:
         reasons.append(
             f"{identical} of {num_sequences} sequences are identical to vLLM's in the like composition: a smaller "
             f"share than the {own_identical} of {num_prompts} that vLLM has with itself in the other composition"

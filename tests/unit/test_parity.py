@@ -136,6 +136,13 @@ def test_the_share_is_taken_over_all_passes():
     assert verdict.holds  # 4 and 2 of 8, and vLLM has 3 of 4 with itself
 
 
+def test_where_the_reference_never_differs_from_itself_a_tenth_of_the_sequences_may():
+    changed = a_pass(with_token(TOGETHER, 0, 0, 99))
+    assert judge("bfloat16", (changed, changed, a_pass(), a_pass(), a_pass()), a_reference()).holds  # 18 of 20
+    assert "9 of 12" in reason(judge("bfloat16", (changed, changed, changed), a_reference()))
+    assert "3 of 4" in reason(judge("bfloat16", (changed,), a_reference()))
+
+
 def test_an_alone_pass_in_bfloat16_is_held_against_one_by_one():
     own_changed = with_token(TOGETHER, 3, 3, 99)
     verdict = judge("bfloat16", (a_pass(own_changed, name="alone", like="one by one"),), a_reference(own_changed))
