@@ -16,7 +16,7 @@ from torch import Tensor
 from experts.pairs import Pairs
 from experts.tiles import TILE, activate, arrange, compute, project
 from experts.vectors import LANES, Kind
-from experts.weights import LayerWeights, pad_intermediate
+from experts.weights import LayerWeights, check_rows, pad_intermediate
 
 _KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float16: Kind.FLOAT16}
 _CACHE_LINE_BYTES = 64
@@ -60,8 +60,7 @@ class KernelFFN:
     def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
         """x: [num_rows, hidden_size] -> partial sums [num_rows, hidden_size] float32; as experts/compute.ExpertFFN."""
         w13, w2 = self._layers[layer]
-        if x.ndim != 2 or x.shape[1] != self._hidden_size or x.dtype != self._dtype:
-            raise ValueError(f"x is {list(x.shape)} {x.dtype}; hidden_size={self._hidden_size} and {self._dtype=}")
+        check_rows(x, hidden_size=self._hidden_size, dtype=self._dtype)
         out = np.zeros(x.shape, np.float32)
         if pairs.num_pairs > len(self._act):
             self._make_room(pairs.num_pairs)

@@ -54,8 +54,13 @@ class LayerWeights:
 
     def check_input(self, x: Tensor) -> None:
         """Raises ValueError unless x is [any, hidden_size] in the dtype of the weights."""
-        if x.ndim != 2 or x.shape[1] != self.hidden_size or x.dtype != self.w13.dtype:
-            raise ValueError(f"x is {list(x.shape)} {x.dtype}; {self.hidden_size=} and {self.w13.dtype=}")
+        check_rows(x, hidden_size=self.hidden_size, dtype=self.w13.dtype)
+
+
+def check_rows(x: Tensor, *, hidden_size: int, dtype: torch.dtype) -> None:
+    """Raises ValueError unless x is [any, hidden_size] of this dtype."""
+    if x.ndim != 2 or x.shape[1] != hidden_size or x.dtype != dtype:
+        raise ValueError(f"x is {list(x.shape)} {x.dtype}; {hidden_size=} and {dtype=}")
 
 
 def read_experts(checkpoint: Checkpoint, experts: Sequence[int], layer: int, dtype: torch.dtype) -> LayerWeights:
