@@ -16,6 +16,7 @@ from deploy.local import prepare_ray_environment
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
+HEAD_ATTEMPTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,34 +59,47 @@ def started_nodes(folder: Path, nodes: list[Node]) -> Iterator[Nodes]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    gcs, dashboard = f"127.0.0.1:{free_port()}", free_port()
-    head = ["--head", f"--port={gcs.partition(':')[2]}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
-    head += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={folder / 'ray'}"]
-    head += [f"--ray-client-server-port={free_port()}", "--labels=moe-role=head"]
-    started: list[subprocess.Popen[bytes]] = []
     try:
-        started.append(_ray_start(folder / "head.log", environment, head))
-        _wait_for(folder / "head.log", started[0])
+        gcs, dashboard = _start_head(folder, environment)
         for number, node in enumerate(nodes):
             worker = [f"--address={gcs}", f"--num-cpus={node.num_cpus}", f"--labels=moe-role={node.role}"]
-            started.append(_ray_start(folder / f"node-{number}.log", environment, worker))
-            _wait_for(folder / f"node-{number}.log", started[-1])
+            _ray_start(folder / f"node-{number}.log", environment, worker)
         environment |= {"RAY_ADDRESS": gcs}
         yield Nodes(gcs=gcs, dashboard=f"http://127.0.0.1:{dashboard}", environment=environment)
     finally:
-        _end(started)
+        _end(environment)
 
 
-def _ray_start(log: Path, environment: Mapping[str, str], options: list[str]) -> subprocess.Popen[bytes]:
+def _start_head(folder: Path, environment: Mapping[str, str]) -> tuple[str, int]:
+    """The address of the GCS, and the dashboard's port.
+
+    Tried twice: `ray start` waits 30 s for one answer of the GCS, and on a busy machine it did not come.
+    """
+    try:
+        return _start_head_in(folder / "ray", folder / "head.log", environment)
+    except AssertionError as error:
+        print(f"a second head, since the first did not start: {error}")
+        _end(environment)
+        return _start_head_in(folder / "ray2", folder / "head2.log", environment)
+
+
+def _start_head_in(folder: Path, log: Path, environment: Mapping[str, str]) -> tuple[str, int]:
+    gcs, dashboard = f"127.0.0.1:{free_port()}", free_port()
+    head = ["--head", f"--port={gcs.partition(':')[2]}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
+    head += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir={folder}"]
+    head += [f"--ray-client-server-port={free_port()}", "--labels=moe-role=head"]
+    _ray_start(log, environment, head)
+    return gcs, dashboard
+
+
+def _ray_start(log: Path, environment: Mapping[str, str], options: list[str]) -> None:
+    """Returns when the raylet serves. Raises AssertionError with the log where it does not."""
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *options]
     # Ports that every raylet of one machine would have in common.
     command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
     command += ["--object-store-memory=134217728", f"--dashboard-agent-grpc-port={free_port()}"]
     with log.open("wb") as file:
-        return subprocess.Popen(command, env={**environment}, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
-
-
-def _wait_for(log: Path, process: subprocess.Popen[bytes]) -> None:
+        process = subprocess.Popen(command, env={**environment}, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while "Ray runtime started" not in log.read_text():
         assert process.poll() is None, f"`ray start` ended with {process.returncode}:\n{log.read_text()}"
@@ -93,20 +107,29 @@ def _wait_for(log: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.2)
 
 
-def _end(started: list[subprocess.Popen[bytes]]) -> None:
+def _end(environment: Mapping[str, str]) -> None:
     """At once: nobody is served any more, and a raylet that ends politely waits for its replicas to drain."""
-    children = [child for process in started for child in _descendants(process.pid)]
-    for process in (*started, *children):
+    token = environment["RAY_AUTH_TOKEN_PATH"]
+    started = [process for process in psutil.process_iter() if _token_of(process) == token]
+    # Ray's agents write their title over their environment.
+    ours = {child for process in started for child in (process, *_children(process))}
+    for process in ours:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    for process in started:
-        process.wait(STOP_TIMEOUT_S)
-    _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
+    _, alive = psutil.wait_procs(ours, timeout=STOP_TIMEOUT_S)
     assert not alive, f"processes left behind: {alive}"
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
+def _token_of(process: psutil.Process) -> str | None:
+    """Whose cluster it is of: all that a `ray start` started has its environment, also where `ray start` has ended."""
     try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
+        return process.environ().get("RAY_AUTH_TOKEN_PATH")
+    except psutil.Error:
+        return None
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
         return []
