@@ -8,6 +8,7 @@ semaphore, does its waiting as the region's first thread, and posts the semaphor
 
 import ctypes
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,12 +49,35 @@ class HelperThreads:
             self._openmp.GOMP_parallel_end()
 
 
+class _SymbolInfo(ctypes.Structure):
+    """What dladdr says of an address: Dl_info of dlfcn.h."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
 def _find_openmp() -> ctypes.CDLL | None:
-    """The GNU OpenMP that this process has loaded, if it is one and has what is called here."""
+    """The OpenMP that torch computes with, if it is GNU's and has what is called here.
+
+    A process may have loaded others, too: the wheel of sentencepiece brings one. What torch calls is found in the
+    libraries that its own is linked with.
+    """
     with open("/proc/self/maps") as maps:
-        paths = {line.split()[-1] for line in maps if "libgomp" in line}
+        paths = {line.split()[-1] for line in maps if line.rstrip().endswith("/libtorch_cpu.so")}
     if len(paths) != 1:
-        log.info("helper threads are not parked", extra={"openmp": sorted(paths)})
+        log.warning("helper threads are not parked", extra={"torch": sorted(paths)})
         return None
     library = ctypes.CDLL(paths.pop())
-    return library if all(hasattr(library, name) for name in ("GOMP_parallel_start", "GOMP_parallel_end")) else None
+    if not all(hasattr(library, name) for name in ("GOMP_parallel_start", "GOMP_parallel_end", "omp_get_num_threads")):
+        log.warning("helper threads are not parked", extra={"openmp": "has no GOMP_parallel_start"})
+        return None
+    info = _SymbolInfo()
+    ctypes.CDLL(None).dladdr(ctypes.cast(library.GOMP_parallel_start, ctypes.c_void_p), ctypes.byref(info))
+    if b"libgomp" not in os.path.basename(info.file or b""):
+        log.warning("helper threads are not parked", extra={"openmp": os.fsdecode(info.file or b"")})
+        return None
+    return library

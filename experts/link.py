@@ -13,7 +13,6 @@ from experts.wire import FrameReader, Header, Limits, encode
 Bytes = bytes | bytearray | memoryview
 
 MAX_UNIX_PATH_BYTES = 107
-SPIN_S = 0.005  # how long an engine does not sleep for an answer: about a layer's trip under load
 _BACKLOG = 512  # a full one refuses Unix clients at once, even those that would wait
 _SOCKET_BUFFER_BYTES = 4 << 20  # the kernel takes what its own limit allows
 
@@ -113,10 +112,8 @@ class BlockingLink:
         while (frame := self._reader.next_frame()) is None:
             room = self._reader.writable()
             try:
-                count = self._receive_soon(room, within_s=min(SPIN_S, _left(deadline_s)))
-                if count is None:
-                    self._sock.settimeout(_left(deadline_s))
-                    count = self._sock.recv_into(room)
+                self._sock.settimeout(_left(deadline_s))
+                count = self._sock.recv_into(room)
             except TimeoutError:
                 raise
             except OSError as error:
@@ -125,21 +122,6 @@ class BlockingLink:
                 raise LinkError("the peer closed the connection")
             self._reader.wrote(count)
         return frame
-
-    def _receive_soon(self, room: memoryview, *, within_s: float) -> int | None:
-        """Takes what comes within a moment, without sleeping; None where nothing does.
-
-        A thread that is woken loses 50 us and more, and a virtual core that has halted several times that. Until then
-        the core is offered to whoever wants it, again and again.
-        """
-        spin_until_s = time.monotonic() + within_s
-        self._sock.settimeout(0)
-        while time.monotonic() < spin_until_s:
-            try:
-                return self._sock.recv_into(room)
-            except BlockingIOError:
-                os.sched_yield()
-        return None
 
     def close(self) -> None:
         self._sock.close()

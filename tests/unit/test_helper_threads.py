@@ -12,6 +12,7 @@ from cluster.helper_threads import HelperThreads
 # In a process of its own: other tests leave threads behind whose time would be counted, too.
 MEASURE = """
 import os, threading, time
+import sentencepiece  # brings an OpenMP of its own, as in every engine that has loaded a tokenizer
 import torch
 from cluster.helper_threads import HelperThreads
 
