@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from experts.compute import ExpertFFN, Pairs, make_expert_ffn
+from experts.compute import Pairs, make_expert_ffn
 from experts.weights import LayerWeights
 
 HIDDEN, INNER, NUM_EXPERTS, MAX_PER_ROW = 1024, 192, 16, 4
@@ -34,7 +34,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         print(f"### {str(dtype).removeprefix('torch.')}, microseconds per call (median)\n")
         layers = make_layers(dtype)
-        paths: Mapping[str, ExpertFFN] = {
+        paths: Mapping[str, Callable[[int, Tensor, Pairs], Tensor]] = {
             "loop": make_expert_ffn(dict(layers), path="loop"),
             "per expert": PerExpertFFN(dict(layers)),
             "bmm": BmmFFN(dict(layers)),
@@ -51,7 +51,7 @@ def main() -> None:
 def print_row(
     num_rows: int,
     dtype: torch.dtype,
-    paths: Mapping[str, ExpertFFN],
+    paths: Mapping[str, Callable[[int, Tensor, Pairs], Tensor]],
     num_layers: int,
     bandwidth: float,
     budget_s: float,

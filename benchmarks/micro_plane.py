@@ -120,7 +120,7 @@ class NoCompute:
     def __init__(self, hidden_size: int) -> None:
         self._zeros = torch.zeros(MAX_ROWS, hidden_size)
 
-    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs, out: Tensor | None = None) -> Tensor:
         return self._zeros[: len(x)]
 
 

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from cluster.engine_link import EngineLink, EngineLinkOptions, open_link
+from cluster.engine_memory import keep_freed_memory
 from cluster.vllm_plugin import LOAD_FORMAT
 from experts.gently import give_way
 from experts.shape import MoEShape
@@ -93,6 +94,8 @@ class RemoteExpertsLoader(DefaultModelLoader):
         check_model(model, link.shape)
         limit_steps(vllm_config, link.max_rows)
         link.client.connect(timeout_s=link.start_timeout_s)
+        if vllm_config.device_config.device_type == "cpu":
+            keep_freed_memory()
         RemoteExpertsMethod.link = link
         link.publish()
         return model

@@ -29,9 +29,10 @@ Path = Literal["auto", "loop", "kernel", "grouped"]
 class ExpertFFN(Protocol):
     """Computes rows of one layer with the experts that it holds. One call at a time."""
 
-    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs, out: Tensor | None = None) -> Tensor:
         """x: [num_rows, hidden_size] in the dtype of the weights -> partial sums [num_rows, hidden_size] float32.
 
+        out: where they are written to, and what is returned; None: new memory.
         What make_expert_ffn gives takes and returns tensors of the host, wherever the weights are.
 
         Raises ValueError when x or pairs do not fit the weights; KeyError for a layer that is not held.
@@ -69,10 +70,11 @@ class OnDevice:
         self._device = device
         self._num_local_experts = num_local_experts
 
-    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs, out: Tensor | None = None) -> Tensor:
         if pairs.num_pairs:
             pairs.check_experts(self._num_local_experts)  # here, where a look at them waits for no device
-        return self.ffn(layer, x.to(self._device), pairs.to(self._device)).cpu()
+        y = self.ffn(layer, x.to(self._device), pairs.to(self._device))
+        return y.cpu() if out is None else out.copy_(y)
 
 
 def expert_ffn_loop(x: Tensor, weights: LayerWeights, pairs: Pairs) -> Tensor:
@@ -93,12 +95,13 @@ class LoopFFN:
     def __init__(self, weights: dict[int, LayerWeights]) -> None:
         self._layers = {layer: weights.pop(layer) for layer in list(weights)}
 
-    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs, out: Tensor | None = None) -> Tensor:
         weights = self._layers[layer]
         weights.check_input(x)
         if pairs.num_pairs:
             pairs.check_experts(weights.num_local_experts)
-        return expert_ffn_loop(x, weights, pairs)
+        y = expert_ffn_loop(x, weights, pairs)
+        return y if out is None else out.copy_(y)
 
 
 def _choose(example: LayerWeights, path: Path) -> Literal["loop", "kernel", "grouped"]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from experts.pairs import Pairs
+from experts.room import Room
 from experts.tiles import TILE, activate, arrange, compute, project
 from experts.vectors import LANES, Kind
 from experts.weights import LayerWeights, check_rows, pad_intermediate
@@ -52,24 +53,26 @@ class KernelFFN:
         del example
         self._layers = {layer: _pack(weights.pop(layer)) for layer in list(weights)}
         self._inner_size = max(w13.shape[1] * LANES for w13, _ in self._layers.values())
-        self._make_room(1)
+        self._room = Room()
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="kernel") if self._threads > 1 else None
         self._warm_up()
 
-    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs, out: Tensor | None = None) -> Tensor:
         """x: [num_rows, hidden_size] -> partial sums [num_rows, hidden_size] float32; as experts/compute.ExpertFFN."""
         w13, w2 = self._layers[layer]
         check_rows(x, hidden_size=self._hidden_size, dtype=self._dtype)
-        out = np.zeros(x.shape, np.float32)
-        if pairs.num_pairs > len(self._act):
-            self._make_room(pairs.num_pairs)
+        self._room.clear()
+        rows = self._floats(*x.shape)
+        torch.from_numpy(rows).copy_(x)
+        out = torch.zeros(x.shape) if out is None else out.zero_()
+        x_blocks, act = (self._floats(pairs.num_pairs, size) for size in (self._hidden_size, self._inner_size))
         run = compute if self._pool is None else self._compute_on_threads
-        given = (x.float().contiguous().numpy(), pairs.row.numpy(), pairs.expert.numpy(), pairs.weight.numpy())
-        if not run(self._kind, *given, w13, w2, self._x_blocks, self._act, out):
+        given = (rows, pairs.row.numpy(), pairs.expert.numpy(), pairs.weight.numpy())
+        if not run(self._kind, *given, w13, w2, x_blocks, act, out.numpy()):
             pairs.check_experts(self._num_experts)
             raise ValueError(f"a pair names a row that is not one of the {len(x)}")
-        return torch.from_numpy(out)
+        return out
 
     def _warm_up(self) -> None:
         """Compiles the loops, or reads them from numba's cache, so that no request pays for it: 3 s, or a fraction."""
@@ -77,10 +80,8 @@ class KernelFFN:
         pairs = Pairs(row=zero, expert=zero, weight=torch.zeros(1))
         self(next(iter(self._layers)), torch.zeros(1, self._hidden_size, dtype=self._dtype), pairs)
 
-    def _make_room(self, num_pairs: int) -> None:
-        """For the largest batch so far; what it holds means nothing from one call to the next."""
-        self._x_blocks = np.empty((num_pairs, self._hidden_size), np.float32)
-        self._act = np.empty((num_pairs, self._inner_size), np.float32)
+    def _floats(self, num_rows: int, size: int) -> Floats:
+        return self._room.take((num_rows, size), np.float32)
 
     def _compute_on_threads(
         self,

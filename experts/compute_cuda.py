@@ -29,15 +29,15 @@ class GroupedFFN:
         """weights: emptied as it goes; they stay on their device."""
         self._layers = {layer: pad_intermediate(weights.pop(layer), _ALIGNMENT) for layer in list(weights)}
 
-    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor:
-        """x and pairs: on the device of the weights -> [num_rows, hidden_size] float32 there.
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs, out: Tensor | None = None) -> Tensor:
+        """x, pairs and out: on the device of the weights -> [num_rows, hidden_size] float32 there.
 
         On CUDA nothing waits for the device here, so an expert index out of range is not found: check on the host.
         """
         weights = self._layers[layer]
         weights.check_input(x)
         if not pairs.num_pairs:
-            return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            return torch.zeros(x.shape, dtype=torch.float32, device=x.device, out=out)
         if not x.is_cuda:
             pairs.check_experts(weights.num_local_experts)
         order = torch.argsort(pairs.expert, stable=True)
@@ -48,7 +48,8 @@ class GroupedFFN:
         outputs = _grouped_mm(silu(gate) * up, weights.w2, ends)
         weighted = torch.empty_like(outputs, dtype=torch.float32)
         weighted[order] = outputs.float() * pairs.weight[order].unsqueeze(1)
-        return sum_rows(weighted, pairs, x.shape[0])
+        y = sum_rows(weighted, pairs, x.shape[0])
+        return y if out is None else out.copy_(y)
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

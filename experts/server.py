@@ -20,6 +20,7 @@ from experts.load import LoadMeter
 from experts.loop import DataPlaneLoop
 from experts.metrics import BatchNote
 from experts.pairs import Pairs
+from experts.room import Room
 from experts.wire import DType, Header, Kind, Limits
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 class ExpertFFN(Protocol):
     """Partial sums of one layer; experts/compute.py has the implementations."""
 
-    def __call__(self, layer: int, x: Tensor, pairs: Pairs) -> Tensor: ...
+    def __call__(self, layer: int, x: Tensor, pairs: Pairs, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class ExpertServer(DataPlaneLoop):
         self._local = np.full(num_experts, -1, dtype=np.int32)  # global expert id -> index into our weights
         self._local[np.asarray(held)] = np.arange(len(held), dtype=np.int32)
         self._waiting: list[Rows[Question]] = []
+        self._room = Room()
         self._load = load
         self._num_pairs = 0  # computed in this round of the loop
         self.counts: Counter[str] = Counter()
@@ -108,7 +110,7 @@ class ExpertServer(DataPlaneLoop):
         for batch in join(waiting):
             begun_s = time.monotonic()
             try:
-                y = self._ffn(batch.layer, batch.x, batch.pairs)
+                y = self._ffn(batch.layer, batch.x, batch.pairs, out=self._take_sums(batch))
                 self.failed_in_a_row = 0
             except (RuntimeError, ValueError) as error:
                 self.failed_in_a_row += 1
@@ -126,6 +128,11 @@ class ExpertServer(DataPlaneLoop):
             self.counts["batches"] += 1
             self.counts["joined"] += len(batch.parts)
             self.beat()  # a long pass is work, not a stuck thread
+
+    def _take_sums(self, batch: Batch[Question]) -> Tensor:
+        """Where a batch is computed; its answers are sent, or copied, before the next one is."""
+        self._room.clear()
+        return torch.from_numpy(self._room.take(tuple(batch.x.shape), np.float32))
 
     def on_round(self, woke_s: float, now_s: float) -> None:
         if self._load is not None:

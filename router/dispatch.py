@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from experts.counting import MAX_NOTES
 from experts.errors import FrameError
 from experts.placement import Placement, Replica
+from experts.room import Room
 from experts.wire import DType, Header, Kind
 from router.drop import drop_rows
-from router.jobs import Asker, Errand, Failure, Job, failure_of
+from router.jobs import Asker, Errand, Failure, Job, combine, failure_of
 from router.pace import HEDGE_FLOOR_S, Paces
 from router.plan import GroupRows, count_rows, make_plan
 from router.transport import Transport
@@ -48,6 +49,7 @@ class Dispatcher(Generic[Asker]):
         self._capacity_factor = capacity_factor
         self.placement = Placement(version=0, num_groups=num_groups)
         self._jobs: dict[Asker, Job[Asker]] = {}
+        self._rooms: dict[Asker, Room] = {}  # of everybody who has asked, one question at a time
         self._asked: dict[int, Errand[Asker]] = {}  # by seq
         self._parked: list[Errand[Asker]] = []
         self._rows_at: Counter[tuple[str, int]] = Counter()  # rows in flight by (member id, incarnation)
@@ -62,7 +64,7 @@ class Dispatcher(Generic[Asker]):
     def on_question(
         self, asker: Asker, header: Header, x: NDArray[np.generic], logits: NDArray[np.generic], *, now_s: float
     ) -> None:
-        """Routes, plans and sends. x and logits must stay as they are until the answer. Raises FrameError."""
+        """Routes, plans and sends. Neither x nor logits is looked at again afterwards. Raises FrameError."""
         if asker in self._jobs:
             raise FrameError("a second question before the first was answered")
         try:
@@ -70,14 +72,18 @@ class Dispatcher(Generic[Asker]):
         except ValueError as error:  # such as a factor on a path that has none: the asker's fault, and its link's end
             raise FrameError(f"the gate refuses the question: {error}") from None
         plan, dropped_rows = self._plan(topk_idx, topk_weights)
+        room = self._room_of(asker)
         job = Job(
             asker=asker,
             header=header,
-            x=x,
+            room=room,
+            x=room.take(x.shape, x.dtype),
+            y=room.take(x.shape, np.float32),
             deadline_s=now_s + header.budget_ms / 1000,
             waiting=len(plan),
             dropped_rows=dropped_rows,
         )
+        job.x[...], job.y[...] = x, 0
         job.errands = [Errand(job=job, rows=rows) for rows in plan]
         self._jobs[asker] = job
         for errand in job.errands:
@@ -86,7 +92,7 @@ class Dispatcher(Generic[Asker]):
     def on_partial(
         self, replica: Replica, header: Header, partial: NDArray[np.float32], *, now_s: float
     ) -> Job[Asker] | None:
-        """Keeps a copy of the partial sums. The job, once it was its last; `combine` gives its answer then."""
+        """Adds the partial sums, or keeps a copy until it is their turn. The job, once they were its last."""
         self._paces[replica.group].on_answer(_key(replica), header.seq, now_s=now_s)
         errand = self._errand_of(replica, header)
         if errand is None:
@@ -95,8 +101,7 @@ class Dispatcher(Generic[Asker]):
             raise FrameError(f"{replica.member_id} answered {len(errand.rows.tokens)} rows with {len(partial)}")
         self.dispatch_notes[errand.rows.group].append(now_s - errand.asked_s)
         self._settle(errand)
-        errand.partial = partial.copy()
-        errand.job.waiting -= 1
+        combine(errand, partial)
         return self._finish(errand.job) if not errand.job.waiting else None
 
     def on_nack(self, replica: Replica, header: Header, *, now_s: float) -> None:
@@ -141,6 +146,7 @@ class Dispatcher(Generic[Asker]):
         job = self._jobs.get(asker)
         if job is not None:
             self._finish(job)
+        self._rooms.pop(asker, None)
 
     def on_tick(self, now_s: float) -> list[tuple[Asker, Failure]]:
         """What has to end because of the time; called every few hundredths of a second."""
@@ -172,6 +178,12 @@ class Dispatcher(Generic[Asker]):
         return self._rows_at[_key(replica)] > 0
 
     # What follows from them.
+
+    def _room_of(self, asker: Asker) -> Room:
+        """Empty: whoever asks has the answer to the question before."""
+        room = self._rooms.setdefault(asker, Room())
+        room.clear()
+        return room
 
     def _plan(self, topk_idx: NDArray[np.int32], topk_weights: NDArray[np.float32]) -> tuple[list[GroupRows], int]:
         """The rows to send, and how many were dropped for a group's budget; counts both."""

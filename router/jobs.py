@@ -1,4 +1,4 @@
-"""A question under way: its rows at each expert group, who owes an answer, and the sum once all are there."""
+"""A question under way: its rows at each expert group, who owes an answer, and the sum as far as it is there."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from experts.compiled import compiled
 from experts.placement import Replica
+from experts.room import Room
 from experts.wire import Header
 from router.plan import GroupRows
 from router.plan_kernels import add_rows
@@ -29,10 +30,13 @@ class Job(Generic[Asker]):
 
     asker: Asker
     header: Header
+    room: Room  # holds all arrays of the job, until its asker's next question
     x: NDArray[np.generic]  # [num_tokens, hidden_size]; uint16 holds the bits of bfloat16
+    y: NDArray[np.float32]  # [num_tokens, hidden_size]: the partial sums of the first `added` errands, added in order
     deadline_s: float
     errands: list["Errand[Asker]"] = field(default_factory=list)
-    waiting: int = 0  # errands without a partial sum
+    added: int = 0
+    waiting: int = 0  # errands without an answer
     dropped_rows: int = 0  # rows beyond their groups' budgets, which are not in the answer
 
 
@@ -48,24 +52,41 @@ class Errand(Generic[Asker]):
     asked: dict[int, Replica] = field(default_factory=dict)  # by seq: who owes an answer
     asked_s: float = 0.0  # when the last one was asked, or when none was found
     refused_by: set[tuple[str, int]] = field(default_factory=set)  # (member id, incarnation) that answered NACK
-    partial: NDArray[np.float32] | None = None  # [num_rows, hidden_size]
+    answered: bool = False
+    partial: NDArray[np.float32] | None = None  # [num_rows, hidden_size], where it came before its turn
 
     def x(self) -> NDArray[np.generic]:
         """[num_rows, hidden_size]. A gather copies; a group that every token visits gets the step's own buffer."""
-        x = self.job.x
-        return x if len(self.rows.tokens) == len(x) else x[self.rows.tokens]
+        x, tokens = self.job.x, self.rows.tokens
+        if len(tokens) == len(x):
+            return x
+        gathered = self.job.room.take((len(tokens), x.shape[1]), x.dtype)
+        return x.take(tokens, axis=0, out=gathered, mode="clip")  # tokens exist; checking them would copy twice
 
 
-def combine(job: Job[Asker]) -> NDArray[np.float32]:
-    """[num_tokens, hidden_size]: the sum of a finished job's partial sums, group by group."""
-    y = np.zeros(job.x.shape, dtype=np.float32)
-    for errand in job.errands:
-        assert errand.partial is not None
-        if len(errand.rows.tokens) == len(y):
-            y += errand.partial
-        else:
-            compiled(add_rows)(y, errand.rows.tokens, errand.partial)
-    return y
+def combine(errand: Errand[Asker], partial: NDArray[np.float32]) -> None:
+    """Adds an errand's partial sums to those of its job, in the order of the groups: a sum's bits depend on it.
+
+    partial: [num_rows, hidden_size], copied where those of an earlier group are missing.
+    """
+    job = errand.job
+    errand.answered = True
+    job.waiting -= 1
+    if job.errands[job.added] is not errand:
+        errand.partial = kept = job.room.take(partial.shape, np.float32)
+        kept[...] = partial
+        return
+    _add(job, errand, partial)
+    while job.added < len(job.errands) and (waiting := job.errands[job.added]).partial is not None:
+        _add(job, waiting, waiting.partial)
+
+
+def _add(job: Job[Asker], errand: Errand[Asker], partial: NDArray[np.float32]) -> None:
+    job.added += 1
+    if len(partial) == len(job.y):
+        job.y += partial
+    else:
+        compiled(add_rows)(job.y, errand.rows.tokens, partial)
 
 
 def failure_of(job: Job[Asker], parked: Collection[int]) -> Failure:
@@ -73,7 +94,7 @@ def failure_of(job: Job[Asker], parked: Collection[int]) -> Failure:
     waited = f"within {round(job.header.budget_ms / 1000, 1):g} s"
     if parked:
         return Failure(job.header.seq, f"no live copy of expert group {_numbers(parked)} {waited}; try again")
-    missing = [errand.rows.group for errand in job.errands if errand.partial is None]
+    missing = [errand.rows.group for errand in job.errands if not errand.answered]
     return Failure(job.header.seq, f"expert group {_numbers(missing)} did not answer {waited}; try again")
 
 

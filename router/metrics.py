@@ -43,7 +43,7 @@ DISPATCH_SECONDS = histogram(
 COMBINE_SECONDS = histogram(
     "expertmesh_combine_seconds",
     "seconds",
-    "Adding the partial sums of one question and rounding them to the model's type.",
+    "Adding the last partial sums of a question and rounding all to the model's type; others were added as they came.",
 )
 ROWS_IN_FLIGHT = gauge(
     "expertmesh_rows_in_flight",

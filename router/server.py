@@ -16,9 +16,11 @@ from experts.handshake import Identity, Role, Welcome
 from experts.link import Bytes, Conn, connect
 from experts.loop import DataPlaneLoop
 from experts.placement import Placement, Replica
+from experts.room import Room
+from experts.server import TORCH_DTYPES
 from experts.wire import DType, Header, Kind, Limits
 from router.dispatch import Dispatcher, Gate
-from router.jobs import Failure, Job, combine
+from router.jobs import Failure, Job
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class RouterServer(DataPlaneLoop):
             dispatch_timeout_s=dispatch_timeout_s,
             capacity_factor=capacity_factor,
         )
-        self.combine_notes: deque[float] = deque(maxlen=MAX_NOTES)  # seconds of each answer's sum
+        self.combine_notes: deque[float] = deque(maxlen=MAX_NOTES)  # seconds from each answer's last partial sums on
         self._connecting = ThreadPoolExecutor(max_workers=4, thread_name_prefix="router-connect")
         self._links: dict[Replica, Conn] = {}
         self._replicas: dict[Conn, Replica] = {}
@@ -89,7 +91,7 @@ class RouterServer(DataPlaneLoop):
             partial = np.frombuffer(payload, dtype=np.float32).reshape(header.num_rows, -1)
             job = self.dispatcher.on_partial(replica, header, partial, now_s=now_s)
             if job is not None:
-                self._answer(job)
+                self._answer(job, begun_s=now_s)
         elif header.kind is Kind.NACK:
             self.dispatcher.on_nack(replica, header, now_s=now_s)
         else:
@@ -135,15 +137,13 @@ class RouterServer(DataPlaneLoop):
             raise FrameError(f"{header.kind.name} frame from an attention engine")
         num_rows, hidden_size = header.num_rows, self.limits.hidden_size
         x_bytes = num_rows * hidden_size * header.dtype.itemsize
-        # Copied: the reader's buffer is written again before a resend may need the rows.
-        x = np.frombuffer(payload[:x_bytes], dtype=_NUMPY[header.dtype]).reshape(num_rows, hidden_size).copy()
+        x = np.frombuffer(payload[:x_bytes], dtype=_NUMPY[header.dtype]).reshape(num_rows, hidden_size)
         logits = np.frombuffer(payload[x_bytes:], dtype=_NUMPY[header.logits_dtype]).reshape(num_rows, -1)
         self.dispatcher.on_question(conn, header, x, logits, now_s=now_s)
 
-    def _answer(self, job: Job[Conn]) -> None:
+    def _answer(self, job: Job[Conn], *, begun_s: float) -> None:
         header = job.header
-        begun_s = time.monotonic()
-        y = to_wire(combine(job), header.dtype, truncate=header.truncate)
+        y = to_wire(job.y, header.dtype, job.room, truncate=header.truncate)
         self.combine_notes.append(time.monotonic() - begun_s)
         answer = Header(
             Kind.ANSWER,
@@ -211,18 +211,19 @@ class RouterServer(DataPlaneLoop):
         self.dispatcher.on_replica_up(now_s=time.monotonic())
 
 
-def to_wire(y: NDArray[np.float32], dtype: DType, *, truncate: bool = False) -> NDArray[np.generic]:
+def to_wire(y: NDArray[np.float32], dtype: DType, room: Room, *, truncate: bool = False) -> NDArray[np.generic]:
     """float32 sums in the type the asker wants; bfloat16 as uint16 bits.
 
     truncate: cut off the low bits of a bfloat16, as some builds of vLLM's kernel do; else to nearest, ties to even.
     """
     if dtype is DType.FLOAT32:
         return y
-    if dtype is DType.FLOAT16:
-        return y.astype(np.float16)
-    if truncate:
-        return (y.view(np.uint32) >> 16).astype(np.uint16)
-    return torch.from_numpy(y).to(torch.bfloat16).view(torch.uint16).numpy()
+    rounded = room.take(y.shape, _NUMPY[dtype])
+    if dtype is DType.BFLOAT16 and truncate:
+        np.right_shift(y.view(np.uint32), 16, out=rounded, casting="unsafe")
+    else:
+        torch.from_numpy(rounded).view(TORCH_DTYPES[dtype]).copy_(torch.from_numpy(y))
+    return rounded
 
 
 def _is(welcome: Welcome, replica: Replica) -> bool:

@@ -115,6 +115,10 @@ def test_results_do_not_share_memory_with_the_input_or_each_other() -> None:
         kept = first.clone()
         ffn(1, x * 2, some_pairs([0], [1]))
         assert torch.equal(first, kept) and torch.equal(x, torch.ones(1, 64))
+        out = torch.full((1, 64), torch.nan)
+        assert ffn(1, x, some_pairs([0], [0]), out) is out
+        assert torch.equal(out, kept)
+        assert ffn(1, x, some_pairs([], []), out) is out and not out.any()
 
 
 @needs_vllm_kernels

@@ -243,10 +243,10 @@ def test_a_copy_that_leaves_answers_what_it_was_asked_and_then_loses_its_links(n
         server = plane.groups[leaving]
         compute, began = server._ffn, threading.Event()
 
-        def compute_late(layer: int, x: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        def compute_late(layer: int, x: torch.Tensor, pairs: Pairs, out: torch.Tensor | None = None) -> torch.Tensor:
             began.set()
             time.sleep(0.2)
-            return compute(layer, x, pairs)
+            return compute(layer, x, pairs, out)
 
         server._ffn = compute_late
         question = reference.question(8, seed=1)
