@@ -14,6 +14,7 @@ from torch import Tensor
 from experts.batch import Batch, Rows, join
 from experts.counting import MAX_NOTES
 from experts.errors import FrameError
+from experts.gently import let_others_finish
 from experts.handshake import Role
 from experts.link import Conn
 from experts.load import LoadMeter
@@ -92,6 +93,10 @@ class ExpertServer(DataPlaneLoop):
         self.counts: Counter[str] = Counter()
         self.batch_notes: deque[BatchNote] = deque(maxlen=MAX_NOTES)
         self.failed_in_a_row = 0  # batches that could not be computed; a health check asks
+
+    def run(self) -> None:
+        let_others_finish()
+        super().run()
 
     def on_frame(self, conn: Conn, header: Header, payload: memoryview) -> None:
         if header.kind is not Kind.ROWS or header.dtype is not self._dtype:

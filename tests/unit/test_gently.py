@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from experts.gently import NICENESS, gently
+from experts.gently import NICENESS, gently, let_others_finish
 
 
 def niceness() -> int:
@@ -56,3 +56,17 @@ assert found + [niceness()] == 3 * [min(before + 2, 19)], found
 def test_a_process_gives_way_with_all_its_threads_and_never_goes_back() -> None:
     done = subprocess.run([sys.executable, "-c", GIVES_WAY], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_thread_lets_others_finish_and_the_rest_of_its_process_does_not() -> None:
+    found: list[int] = []
+
+    def run() -> None:
+        let_others_finish()
+        found.append(os.sched_getscheduler(0))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [os.SCHED_BATCH]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
