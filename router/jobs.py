@@ -54,14 +54,17 @@ class Errand(Generic[Asker]):
     refused_by: set[tuple[str, int]] = field(default_factory=set)  # (member id, incarnation) that answered NACK
     answered: bool = False
     partial: NDArray[np.float32] | None = None  # [num_rows, hidden_size], where it came before its turn
+    gathered: NDArray[np.generic] | None = None  # what x() has copied: once, however many copies are asked
 
     def x(self) -> NDArray[np.generic]:
         """[num_rows, hidden_size]. A gather copies; a group that every token visits gets the step's own buffer."""
         x, tokens = self.job.x, self.rows.tokens
         if len(tokens) == len(x):
             return x
-        gathered = self.job.room.take((len(tokens), x.shape[1]), x.dtype)
-        return x.take(tokens, axis=0, out=gathered, mode="clip")  # tokens exist; checking them would copy twice
+        if self.gathered is None:
+            self.gathered = self.job.room.take((len(tokens), x.shape[1]), x.dtype)
+            x.take(tokens, axis=0, out=self.gathered, mode="clip")  # tokens exist; checking them would copy twice
+        return self.gathered
 
 
 def combine(errand: Errand[Asker], partial: NDArray[np.float32]) -> None:

@@ -296,3 +296,15 @@ def test_an_older_placement_is_ignored(bench: Bench) -> None:
     newest = bench.dispatcher.placement
     bench.dispatcher.on_placement(type(newest)(version=newest.version, num_groups=1), now_s=bench.now_s)
     assert bench.dispatcher.placement is newest
+
+
+def test_rows_that_are_sent_again_are_gathered_once() -> None:
+    bench = Bench(SHAPE, num_groups=2)
+    bench.copies(2)
+    bench.ask("a", X, LOGITS)
+    (job,) = bench.dispatcher._jobs.values()
+    some = [errand for errand in job.errands if len(errand.rows.tokens) < len(X)]
+    assert some
+    for errand in some:
+        assert np.array_equal(errand.x(), X[errand.rows.tokens])
+        assert errand.x() is errand.x()
