@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 import yaml
-from elastic import give, requests, wait_for_copies
+from elastic import give, held_back, requests, wait_for_copies
 from prometheus import Prometheus, binary, scraping
 from ray_cluster import ROOT, Cluster, free_port
 from shipped_rules import evaluation_errors, wait_for_alert, without_number, write_rules
@@ -117,7 +117,9 @@ def test_a_killed_copy_fires_the_alert_of_its_group_until_another_one_is_there(
         wait_for_copies(cluster, 0, 2)
         wait_for_alert(prometheus, alert, "inactive", group=0)
         victim = next(member["pid"] for member in cluster.members("experts") if member["group"] == 0)
-        os.kill(victim, signal.SIGKILL)
-        wait_for_alert(prometheus, alert, "firing", group=0, timeout_s=30)
+        # On a quick machine its successor is there before its lease has run out, and nobody has missed a copy.
+        with held_back(cluster, 0, but=cluster.expert_pids(0)):
+            os.kill(victim, signal.SIGKILL)
+            wait_for_alert(prometheus, alert, "firing", group=0, timeout_s=30)
         wait_for_alert(prometheus, alert, "inactive", group=0, timeout_s=120)
     assert evaluation_errors(prometheus) == []

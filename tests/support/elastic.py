@@ -1,9 +1,11 @@
 """A running cluster's expert groups under requests: what tests give it, and what they wait for."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -34,6 +36,30 @@ def requests(ask: Callable[[], list[int]], expected: list[int], *, streams: int)
             thread.join(120)
     assert len(answers) >= streams
     assert [answer for answer in answers if answer != expected] == []
+
+
+@contextmanager
+def held_back(cluster: Cluster, group: int, *, but: set[int]) -> Iterator[None]:
+    """Copies of the group that start meanwhile stand still until the end. but: the pids of those that may go on."""
+    ended, held = threading.Event(), set[int]()
+
+    def run() -> None:
+        while not ended.wait(0.1):
+            for pid in cluster.expert_pids(group) - but - held:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+                    held.add(pid)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for pid in held:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def group_status(cluster: Cluster, group: int) -> dict:

@@ -54,6 +54,11 @@ class Cluster:
         """Processes of the attention engines: the children of the attention replicas."""
         return {child.pid for member in self.members("attention") for child in _children(member["pid"], is_engine)}
 
+    def expert_pids(self, group: int) -> set[int]:
+        """Processes of a group's copies, those among them that are not members yet."""
+        title = re.compile(rf"ray::ServeReplica:expertmesh:experts-{group}(\.|$)")
+        return {child.pid for child in _children(self.owner_pid, lambda p: bool(title.match(" ".join(p.cmdline()))))}
+
     def generate(self, ids: list[int], num_tokens: int, *, timeout_s: float = 120) -> list[int]:
         """Greedy tokens over gRPC. Raises grpc.RpcError."""
         request = pb.GenerateRequest(
