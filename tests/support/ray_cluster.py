@@ -56,7 +56,7 @@ class Cluster:
 
     def expert_pids(self, group: int) -> set[int]:
         """Processes of a group's copies, those among them that are not members yet."""
-        title = re.compile(rf"ray::ServeReplica:expertmesh:experts-{group}(\.|$)")
+        title = re.compile(rf"ray::ServeReplica:expertmesh:experts-{group}\b")  # blanks follow, or a method's name
         return {child.pid for child in _children(self.owner_pid, lambda p: bool(title.match(" ".join(p.cmdline()))))}
 
     def generate(self, ids: list[int], num_tokens: int, *, timeout_s: float = 120) -> list[int]:
