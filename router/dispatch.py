@@ -5,7 +5,7 @@ Partial sums are added in float32, in the order of the groups, whichever copy co
 so the same question always has the same bits as its answer.
 """
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Generic
@@ -49,7 +49,7 @@ class Dispatcher(Generic[Asker]):
         self._capacity_factor = capacity_factor
         self.placement = Placement(version=0, num_groups=num_groups)
         self._jobs: dict[Asker, Job[Asker]] = {}
-        self._rooms: dict[Asker, Room] = {}  # of everybody who has asked, one question at a time
+        self._rooms = defaultdict[Asker, Room](Room)  # of everybody who has asked, one question at a time
         self._asked: dict[int, Errand[Asker]] = {}  # by seq
         self._parked: list[Errand[Asker]] = []
         self._rows_at: Counter[tuple[str, int]] = Counter()  # rows in flight by (member id, incarnation)
@@ -72,7 +72,8 @@ class Dispatcher(Generic[Asker]):
         except ValueError as error:  # such as a factor on a path that has none: the asker's fault, and its link's end
             raise FrameError(f"the gate refuses the question: {error}") from None
         plan, dropped_rows = self._plan(topk_idx, topk_weights)
-        room = self._room_of(asker)
+        room = self._rooms[asker]
+        room.clear()  # whoever asks has the answer to the question before
         job = Job(
             asker=asker,
             header=header,
@@ -80,7 +81,6 @@ class Dispatcher(Generic[Asker]):
             x=room.take(x.shape, x.dtype),
             y=room.take(x.shape, np.float32),
             deadline_s=now_s + header.budget_ms / 1000,
-            waiting=len(plan),
             dropped_rows=dropped_rows,
         )
         job.x[...], job.y[...] = x, 0
@@ -102,7 +102,7 @@ class Dispatcher(Generic[Asker]):
         self.dispatch_notes[errand.rows.group].append(now_s - errand.asked_s)
         self._settle(errand)
         combine(errand, partial)
-        return self._finish(errand.job) if not errand.job.waiting else None
+        return self._finish(errand.job) if errand.job.is_complete else None
 
     def on_nack(self, replica: Replica, header: Header, *, now_s: float) -> None:
         """The replica does not hold what the placement said: ask another copy."""
@@ -178,12 +178,6 @@ class Dispatcher(Generic[Asker]):
         return self._rows_at[_key(replica)] > 0
 
     # What follows from them.
-
-    def _room_of(self, asker: Asker) -> Room:
-        """Empty: whoever asks has the answer to the question before."""
-        room = self._rooms.setdefault(asker, Room())
-        room.clear()
-        return room
 
     def _plan(self, topk_idx: NDArray[np.int32], topk_weights: NDArray[np.float32]) -> tuple[list[GroupRows], int]:
         """The rows to send, and how many were dropped for a group's budget; counts both."""

@@ -36,8 +36,11 @@ class Job(Generic[Asker]):
     deadline_s: float
     errands: list["Errand[Asker]"] = field(default_factory=list)
     added: int = 0
-    waiting: int = 0  # errands without an answer
     dropped_rows: int = 0  # rows beyond their groups' budgets, which are not in the answer
+
+    @property
+    def is_complete(self) -> bool:
+        return self.added == len(self.errands)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -74,13 +77,12 @@ def combine(errand: Errand[Asker], partial: NDArray[np.float32]) -> None:
     """
     job = errand.job
     errand.answered = True
-    job.waiting -= 1
     if job.errands[job.added] is not errand:
         errand.partial = kept = job.room.take(partial.shape, np.float32)
         kept[...] = partial
         return
     _add(job, errand, partial)
-    while job.added < len(job.errands) and (waiting := job.errands[job.added]).partial is not None:
+    while not job.is_complete and (waiting := job.errands[job.added]).partial is not None:
         _add(job, waiting, waiting.partial)
 
 
