@@ -63,8 +63,7 @@ class KernelFFN:
         w13, w2 = self._layers[layer]
         check_rows(x, hidden_size=self._hidden_size, dtype=self._dtype)
         self._room.clear()
-        rows = self._floats(*x.shape)
-        torch.from_numpy(rows).copy_(x)
+        rows = x.contiguous().numpy() if x.dtype is torch.float32 else self._widened(x)
         out = torch.zeros(x.shape) if out is None else out.zero_()
         x_blocks, act = (self._floats(pairs.num_pairs, size) for size in (self._hidden_size, self._inner_size))
         run = compute if self._pool is None else self._compute_on_threads
@@ -79,6 +78,11 @@ class KernelFFN:
         zero = torch.zeros(1, dtype=torch.int32)
         pairs = Pairs(row=zero, expert=zero, weight=torch.zeros(1))
         self(next(iter(self._layers)), torch.zeros(1, self._hidden_size, dtype=self._dtype), pairs)
+
+    def _widened(self, x: Tensor) -> Floats:
+        rows = self._floats(*x.shape)
+        torch.from_numpy(rows).copy_(x)
+        return rows
 
     def _floats(self, num_rows: int, size: int) -> Floats:
         return self._room.take((num_rows, size), np.float32)
